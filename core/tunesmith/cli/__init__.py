@@ -1,0 +1,1 @@
+"""The command line. Imports nothing heavy: a command's module is imported when it runs."""

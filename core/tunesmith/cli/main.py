@@ -1,0 +1,250 @@
+"""`tunesmith …`: every command, its arguments, and the exit code of every error."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="tunesmith",
+    help="One recipe from a dataset to a fine-tuned, quantized, served and costed LLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench_app = typer.Typer(help="Measure speed and cost.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+# Where each command lives, and the extra that brings what it imports.
+_COMMANDS = {
+    "plan": ("tunesmith.train.plan", "train"),
+    "data": ("tunesmith.data.command", "train"),
+    "train": ("tunesmith.train.command", "train"),
+    "quantize": ("tunesmith.quantize.command", "quantize"),
+    "eval": ("tunesmith.evaluate.command", "infer"),
+    "batch": ("tunesmith.batch.command", "infer"),
+    "serve": ("tunesmith.serve.command", "infer"),
+    "bench": ("tunesmith.bench.command", "infer"),
+}
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Validate a recipe: every fault with its line. Reads nothing else, spends nothing."""
+    from tunesmith.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    sections = [name for name in _SECTIONS if getattr(loaded, name) is not None]
+    typer.echo(f"{recipe}: {loaded.name}: ok ({', '.join(sections)})")
+
+
+_SECTIONS = ("data", "train", "quantize", "evaluate", "batch", "serve", "bench", "price")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for completion in an editor."""
+    from tunesmith.config.schema import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what would run: each stage's artifact, made or not; steps, tokens, parameters."""
+    _execute("plan", recipe, overrides, as_json)
+
+
+@app.command()
+def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read, check and split the recipe's data."""
+    _execute("data", recipe, overrides, as_json)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the adapter or the model, and merge it."""
+    _execute("train", recipe, overrides, as_json)
+
+
+@app.command()
+def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make the compressed checkpoints."""
+    _execute("quantize", recipe, overrides, as_json)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the quality of every model of the recipe on held-out rows."""
+    _execute("eval", recipe, overrides, as_json)
+
+
+@app.command()
+def batch(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Answer a file of prompts."""
+    _execute("batch", recipe, overrides, as_json)
+
+
+@app.command()
+def serve(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Serve the OpenAI API until Ctrl-C."""
+    _execute("serve", recipe, overrides, as_json)
+
+
+@bench_app.command("batch")
+def bench_batch(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Throughput and cost with a full queue."""
+    _execute("bench", recipe, overrides, as_json, mode="batch")
+
+
+@bench_app.command("serve")
+def bench_serve(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Latency, goodput and cost under arriving requests."""
+    _execute("bench", recipe, overrides, as_json, mode="serve")
+
+
+@bench_app.command("all")
+def bench_all(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Both, with one engine start per model."""
+    _execute("bench", recipe, overrides, as_json, mode="all")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Do every section of the recipe in order, reuse what is made, and write the report."""
+    from tunesmith.pipeline.run import run_recipe, show
+
+    with _resumable():
+        result = run_recipe(recipe, tuple(overrides or ()))
+    _print(result, show, as_json)
+
+
+StoreFolder = Annotated[Path, typer.Option("--store", help="The store's folder.")]
+LedgerUrl = Annotated[str | None, typer.Option("--ledger", help="URL of a shared ledger.")]
+
+
+@app.command()
+def show(
+    reference: Annotated[str | None, typer.Argument(metavar="[ID | NAME[@ALIAS]]")] = None,
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+    rebuild: Annotated[bool, typer.Option(help="Rebuild the ledger from the manifests.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List artifacts, or show one with its lineage and metrics."""
+    from tunesmith.cli import show as views
+
+    _print(*views.show(_open_store(store, ledger), reference, rebuild), as_json)
+
+
+@app.command()
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="ID | NAME@ALIAS")],
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file of an artifact and of everything it was made from."""
+    from tunesmith.cli import show as views
+
+    _print(*views.verify(_open_store(store, ledger), reference), as_json)
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="NAME@ALIAS")],
+    artifact: Annotated[str, typer.Argument(help="The id it shall point to.")],
+    expect: Annotated[
+        str | None, typer.Option(help="The id it points to now; refused when that changed.")
+    ] = None,
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+) -> None:
+    """Point an alias at an artifact, only if nobody moved it meanwhile."""
+    from tunesmith.config import UserError
+
+    recipe_name, at, alias_name = name.partition("@")
+    if not (recipe_name and at and alias_name):
+        raise UserError(f"{name}: write it as NAME@ALIAS, such as support-bot@production")
+    _open_store(store, ledger).index.set_alias(recipe_name, alias_name, artifact, expected=expect)
+    typer.echo(f"{name} → {artifact}")
+
+
+def main() -> None:
+    """Run a command and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except Exception as error:
+        from tunesmith.cli.failures import exit_code_for
+
+        sys.exit(exit_code_for(error))
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end long work with the exit code that says: run it again."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from tunesmith.config import WorkInterrupted
+
+        raise WorkInterrupted("interrupted; run the same command again to resume") from error
+
+
+def _execute(
+    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: str
+) -> None:
+    from tunesmith.config import MissingExtraError, load_recipe
+    from tunesmith.pipeline import Stages
+
+    recipe = load_recipe(path, overrides or ())
+    module_name, extra = _COMMANDS[command]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tunesmith"):
+            raise
+        raise MissingExtraError(error.name, extra) from error
+    with _resumable():
+        result = module.run(Stages(recipe, path=str(path)), **arguments)
+    _print(result, module.show, as_json)
+
+
+def _print(result: dict[str, Any], view: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, default=str))
+        return
+    from rich.console import Console
+
+    # A pipe or a file has no width; folded ids would be of no use there.
+    Console(width=None if sys.stdout.isatty() else 160).print(view(result))
+
+
+def _open_store(folder: Path, ledger: str | None) -> Any:
+    from tunesmith.config import UserError
+    from tunesmith.ledger import Store
+
+    if not (folder / "artifacts").is_dir():
+        raise UserError(f"{folder} is not a store; name it with --store FOLDER")
+    return Store(folder, ledger)

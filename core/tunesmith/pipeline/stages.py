@@ -1,0 +1,309 @@
+"""What each section of a recipe makes: every artifact's id, known before any work is done.
+
+Every command computes the ids it needs from the recipe alone, so that stages exchange artifacts
+and never code. A change here that alters what the same recipe means must raise `_REVISION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
+from tunesmith.config.schema import Section
+from tunesmith.ledger import Artifact, Draft, Store, describe_environment
+from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit
+
+_REVISION = 1
+
+
+class Stages:
+    """The artifacts of one recipe, made or not."""
+
+    def __init__(self, recipe: Recipe, store: Store | None = None, path: str = "RECIPE") -> None:
+        self.recipe = recipe
+        self.store = store or Store.of(recipe)
+        self.path = path
+
+    @cached_property
+    def dataset(self) -> Draft:
+        """Rows of `data`, read, checked and split."""
+        data = self.recipe.data
+        if data is None:
+            raise UserError(f"{self.path}: this needs a data section")
+        inputs = {"train": digest_data(self.store, data.train, data.revision)}
+        if data.evaluation:
+            inputs["evaluation"] = digest_data(self.store, data.evaluation, data.revision)
+        section = {
+            "data": _pick(data, "format", "evaluation_fraction", "max_rows", "max_error_rate"),
+            "builtin": data.train.startswith("builtin/"),
+            "seed": self.recipe.seed,
+        }
+        return self._draft("dataset", "data", section, inputs=inputs)
+
+    @cached_property
+    def base(self) -> Draft:
+        """The model that training starts from."""
+        source = self.recipe.model.base
+        if source is None:
+            raise UserError(f"{self.path}: a recipe that pre-trains has no base")
+        if self.builds_base:
+            return self.builtin_base.trained
+        if source.startswith("builtin/"):
+            raise ModelError(f"model.base: no such builtin {source}; there is {BUILTIN_BASE}")
+        folder = Path(source)
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ModelError(f"model.base: {source} has no config.json; it is not a model")
+            section: dict[str, Any] = {"source": "folder"}
+            return self._draft("base", "base", section, inputs=self.store.digest_folder(folder))
+        if source.startswith(("base-", "checkpoint-")):
+            return Draft.of(self.store.get(source).manifest)
+        if folder.is_absolute() or source.startswith("."):
+            raise ModelError(f"model.base: no such folder: {source}")
+        commit = hub_commit(source, self.recipe.model.revision, "model")
+        return self._draft("base", "base", {"source": source, "commit": commit})
+
+    @cached_property
+    def builtin_base(self) -> Stages:
+        """The stages of the recipe that pre-trains `builtin/tiny-llama`, in the same store."""
+        path = builtin_recipe("tiny-llama")
+        recipe = load_recipe(path).model_copy(update={"store": self.recipe.store})
+        return Stages(recipe, self.store, str(path))
+
+    @property
+    def builds_base(self) -> bool:
+        """Whether the base is one that Tunesmith pre-trains itself."""
+        return self.recipe.model.base == BUILTIN_BASE
+
+    @cached_property
+    def trained(self) -> Draft:
+        """What the training loop itself writes: an adapter, a checkpoint, or a new base."""
+        train = self.recipe.train
+        if train is None:
+            raise UserError(f"{self.path}: this needs a train section")
+        unused = () if train.method in ("lora", "qlora") else ("lora",)
+        section = {
+            "train": _drop(
+                train,
+                *("merge", "save_steps", "logging_steps", "per_device_eval_batch_size"),
+                *unused,
+            ),
+            "model": _pick(self.recipe.model, "dtype"),
+            "data": {"max_length": self.recipe.data.max_length} if self.recipe.data else {},
+            "seed": self.recipe.seed,
+        }
+        parents = {"data": self.dataset.id}
+        if train.method == "pretrain":
+            return self._draft("base", "base", section, self._template, parents)
+        parents["base"] = self.base.id
+        if train.method == "full":
+            return self._draft("checkpoint", "tuned", section, self._template, parents)
+        return self._draft("adapter", "adapter", section, self._template, parents)
+
+    @cached_property
+    def tuned(self) -> Draft:
+        """A whole model with the training in it: the merged adapter, or what was trained."""
+        if self.trained.kind != "adapter":
+            return self.trained
+        section = {"merge": _pick(self.recipe.model, "dtype")}
+        parents = {"adapter": self.trained.id, "base": self.base.id}
+        return self._draft("checkpoint", "tuned", section, parents=parents)
+
+    def quantized(self, scheme: str) -> Draft:
+        """One compressed checkpoint."""
+        quantize, data = self.recipe.quantize, self.recipe.data
+        if quantize is None or data is None:
+            raise UserError(f"{self.path}: this needs quantize and data sections")
+        section = {
+            "quantize": {"scheme": scheme, **_pick(quantize, "calibration_rows")},
+            "model": _pick(self.recipe.model, "dtype"),
+            "data": _pick(data, "max_length"),
+            "seed": self.recipe.seed,
+        }
+        parent = self.tuned if self.recipe.train else self.base
+        parents = {"parent": parent.id, "calibration": self.dataset.id}
+        return self._draft("checkpoint", scheme, section, self._template, parents)
+
+    @cached_property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes of `quantize`, in the recipe's order."""
+        quantize = self.recipe.quantize
+        if quantize is None:
+            return ()
+        return (quantize.scheme,) if isinstance(quantize.scheme, str) else quantize.scheme
+
+    @cached_property
+    def variants(self) -> dict[str, Draft]:
+        """Every servable model of the recipe by name, from the least to the most processed.
+
+        `adapter` is served as a LoRA over `base`; all others are whole models.
+        """
+        train = self.recipe.train
+        found: dict[str, Draft] = {}
+        if not train or train.method != "pretrain":
+            found["base"] = self.base
+        if train:
+            if self.trained.kind == "adapter":
+                found["adapter"] = self.trained
+            if self.trained.kind != "adapter" or train.merge:
+                found["tuned"] = self.tuned
+        return found | {scheme: self.quantized(scheme) for scheme in self.schemes}
+
+    def variant(self, name: str | None) -> tuple[str, Draft]:
+        """A variant by name; the last one when None. Raises UserError on one it does not have."""
+        chosen = name or list(self.variants)[-1]
+        if chosen not in self.variants:
+            raise UserError(
+                f"{self.path}: this recipe makes no model {chosen!r}; "
+                f"it has {', '.join(self.variants)}"
+            )
+        return chosen, self.variants[chosen]
+
+    def evaluation(self, variant: str) -> Draft:
+        """Quality of one variant, row by row."""
+        if self.recipe.evaluate is None:
+            raise UserError(f"{self.path}: this needs an evaluate section")
+        section = {
+            "evaluate": _drop(self.recipe.evaluate, "variants", "confidence"),
+            "engine": self._engine,
+            "data": _pick(self.recipe.data, "max_length") if self.recipe.data else {},
+            "seed": self.recipe.seed,
+        }
+        parents = {"data": self.dataset.id, **self._served(variant)}
+        return self._draft("eval", f"eval {variant}", section, self._template, parents)
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The variants that `evaluate` measures, from the least to the most processed."""
+        chosen = self.recipe.evaluate.variants if self.recipe.evaluate else None
+        if chosen is None:
+            whole = tuple(name for name in self.variants if name != "adapter")
+            return whole if "tuned" in whole else tuple(self.variants)
+        asked = {self.variant(name)[0] for name in chosen}
+        return tuple(name for name in self.variants if name in asked)
+
+    def batch(self) -> Draft:
+        """Answers of the `batch` section's input."""
+        batch = self.recipe.batch
+        if batch is None:
+            raise UserError(f"{self.path}: this needs a batch section")
+        if not batch.input.is_file():
+            raise UserError(f"{self.path}: batch.input: no such file: {batch.input}")
+        variant, _ = self.variant(batch.model)
+        section = {
+            "batch": _pick(batch, "max_tokens", "temperature"),
+            "engine": self._engine,
+            "seed": self.recipe.seed,
+        }
+        inputs = {"input": self.store.digest(batch.input), **self._template}
+        return self._draft("batch", "batch", section, inputs, self._served(variant))
+
+    def bench(self, mode: str) -> Draft:
+        """Speed and cost of every tuned variant on this machine; `mode` is batch or serve."""
+        if self.recipe.bench is None:
+            raise UserError(f"{self.path}: this needs a bench section")
+        machine = describe_environment()
+        section = {
+            "mode": mode,
+            "bench": self.recipe.bench.model_dump(mode="json"),
+            "engine": self._engine,
+            "price": self.recipe.price.model_dump(mode="json") if self.recipe.price else None,
+            "machine": {key: machine[key] for key in ("cpu", "cpu_count")}
+            | {"gpus": list(machine["gpus"])},
+            "seed": self.recipe.seed,
+        }
+        parents = {name: self.variants[name].id for name in self.benchmarked}
+        if "adapter" in parents:
+            parents["base"] = self.base.id
+        if self.recipe.data:
+            parents["data"] = self.dataset.id
+        return self._draft("bench", f"bench {mode}", section, self._template, parents)
+
+    @property
+    def benchmarked(self) -> tuple[str, ...]:
+        """The variants that `bench` compares: the tuned model and its quantized copies."""
+        names = [name for name in self.variants if name not in ("base", "adapter")]
+        return tuple(names or list(self.variants)[-1:])
+
+    def made(self, draft: Draft) -> Artifact:
+        """The finished artifact of a draft.
+
+        A base in a folder or on the hub is recorded on first use. Raises UserError naming the
+        command that makes what is missing.
+        """
+        if found := self.store.find(draft.id):
+            return found
+        if draft.kind == "base" and "source" in draft.section:
+            return self._record_base(draft)
+        stage = {"dataset": "data", "adapter": "train", "base": "train", "eval": "eval"}.get(
+            draft.kind, "quantize" if draft.label in self.schemes else draft.label.split()[0]
+        )
+        stage = "train" if draft.label == "tuned" else stage
+        raise UserError(
+            f"the {draft.label} of {self.path} ({draft.id}) has not been made; "
+            f"run: tunesmith {stage} {self.path} (or: tunesmith run {self.path})"
+        )
+
+    def _record_base(self, draft: Draft) -> Artifact:
+        source = draft.section["source"]
+        if source == "folder":
+            root = Path(str(self.recipe.model.base))
+        else:
+            hub = require("huggingface_hub", "train")
+            root = Path(hub.snapshot_download(source, revision=draft.section["commit"]))
+        with self.store.write(draft, self.recipe) as work:
+            work.external_root = root.absolute()
+        return self.made(draft)
+
+    def _served(self, variant: str) -> dict[str, str]:
+        _, draft = self.variant(variant)
+        if draft.kind == "adapter":
+            return {"model": self.base.id, "adapter": draft.id}
+        return {"model": draft.id}
+
+    @cached_property
+    def _template(self) -> dict[str, str]:
+        template = self.recipe.model.chat_template
+        if template is None:
+            return {}
+        if not template.is_file():
+            raise UserError(f"{self.path}: model.chat_template: no such file: {template}")
+        return {"chat_template": self.store.digest(template)}
+
+    @property
+    def _engine(self) -> dict[str, Any]:
+        settings = _drop(self.recipe.engine, "start_timeout_s", "gpu_memory_utilization")
+        return settings | _pick(self.recipe.model, "dtype")
+
+    def _draft(
+        self,
+        kind: Any,
+        label: str,
+        section: dict[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        parents: Mapping[str, str] | None = None,
+    ) -> Draft:
+        return Draft(
+            kind=kind,
+            label=label,
+            name=self.recipe.name,
+            section={**section, "revision": _REVISION},
+            inputs=inputs or {},
+            parents=parents or {},
+        )
+
+
+def builtin_recipe(name: str) -> Path:
+    """The path of a recipe that comes inside the package."""
+    return Path(__file__).parent.parent / "config" / "recipes" / f"{name}.yaml"
+
+
+def _pick(section: Section, *names: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", include=set(names))
+
+
+def _drop(section: Section, *names: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(names))

@@ -1,0 +1,145 @@
+"""`tunesmith run` from data to report, again without work, and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tunesmith.config import load_recipe
+from tunesmith.ledger import Store
+from tunesmith.pipeline import Stages
+
+
+def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]]) -> Path:
+    """Every section, on sixty conversations and a random model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What is {n} plus {n}?"}) + "\n" for n in range(5))
+    )
+    recipe = {
+        "name": "sums",
+        "model": {"base": str(base), "dtype": "bfloat16"},
+        "data": {"train": "rows.jsonl", "max_length": 96, "evaluation_fraction": 0.2},
+        "train": {
+            "method": "lora",
+            "lora": {"r": 4, "lora_alpha": 8},
+            "max_steps": 12,
+            "save_steps": 3,
+            "per_device_train_batch_size": 4,
+        },
+        "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8},
+        "evaluate": {"variants": ["tuned", "w8a8-int8"], "max_rows": 6, "max_tokens": 8},
+        "engine": {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 0.25},
+        "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
+        "bench": {"requests": 8, "concurrency": 4, "request_rate": 8, "max_tokens": 8},
+        "price": {"gpu_hour_usd": 1.0},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def run(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tunesmith.cli", "run", path.name, *overrides, "--json"],
+        capture_output=True, text=True, cwd=path.parent, timeout=540,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: list[dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """A finished run."""
+    path = write_recipe(tmp_path_factory.mktemp("run"), llama, rows)
+    done = run(path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return path, json.loads(done.stdout)
+
+
+def test_every_section_leaves_its_artifact_and_the_report(
+    first: tuple[Path, dict[str, Any]],
+) -> None:
+    path, result = first
+    assert set(result["ids"]) == {
+        "data", "adapter", "tuned", "w8a8-int8", "eval tuned", "eval w8a8-int8", "batch",
+        "bench batch", "bench serve",
+    }  # fmt: skip
+    store = Store(path.parent / ".tunesmith")
+    for artifact_id in result["ids"].values():
+        _, faults = store.verify(artifact_id)
+        assert faults == []
+    answers = (path.parent / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 5
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert all(artifact_id in page for artifact_id in result["ids"].values())
+    assert {row[0] for row in result["summary"]["rows"]} >= {"tuned", "w8a8-int8"}
+
+
+def test_a_second_run_does_nothing_and_has_the_same_ids(
+    first: tuple[Path, dict[str, Any]],
+) -> None:
+    path, result = first
+    again = run(path)
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["ids"] == result["ids"]
+    assert ": making" not in again.stderr
+    assert again.stderr.count("made already") == 6
+
+
+def test_a_changed_byte_of_data_gives_new_ids_downstream_and_keeps_the_base(
+    first: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = first
+    recipe = load_recipe(path)
+    monkeypatch.chdir(path.parent)
+    before = Stages(recipe)
+    ids = {name: draft.id for name, draft in before.variants.items()}
+    rows = path.parent / "rows.jsonl"
+    whole = rows.read_text()
+    try:
+        rows.write_text(whole.replace("1 plus 1", "1 plus 7", 1))
+        after = Stages(recipe)
+        changed = {name: draft.id for name, draft in after.variants.items()}
+        assert changed["base"] == ids["base"]
+        assert after.dataset.id != before.dataset.id
+        for name in ("adapter", "tuned", "w8a8-int8"):
+            assert changed[name] != ids[name]
+            assert after.evaluation(name).id != before.evaluation(name).id
+        assert after.bench("serve").id != before.bench("serve").id
+    finally:
+        rows.write_text(whole)
+
+
+def test_kill_9_during_training_resumes_to_the_same_adapter(
+    first: tuple[Path, dict[str, Any]], llama: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, llama, rows)
+    only_train = [f"{name}=null" for name in ("quantize", "evaluate", "batch", "bench")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.cli", "run", path.name, *only_train],
+        cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".tunesmith/work/adapter-*/scratch/**/step-????????")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path / ".tunesmith")
+    adapter = first[1]["ids"]["adapter"]
+    assert store.find(adapter) is None
+    done = run(path, *only_train)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = store.get(adapter)
+    reference = Store(first[0].parent / ".tunesmith").get(adapter)
+    weights = "adapter_model.safetensors"
+    assert made.manifest.files[weights] == reference.manifest.files[weights]
