@@ -1,0 +1,77 @@
+"""Checkpoints are whole or absent, and bring every optimizer back exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tunesmith.config.schema import Train
+from tunesmith.train.checkpoint import Checkpoints
+from tunesmith.train.optimizer import make_optimizer, make_schedule
+
+
+class Run:
+    """A frozen and two trained layers, with an optimizer and a schedule."""
+
+    def __init__(self, optim: str) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64), nn.LayerNorm(64))
+        self.model[0].requires_grad_(False)
+        settings = Train(method="full", optim=optim, weight_decay=0.1)  # type: ignore[arg-type]
+        self.optimizer = make_optimizer(self.model, settings, torch.device("cpu"))
+        self.parts: dict[str, Any] = {
+            "optimizer": self.optimizer,
+            "schedule": make_schedule(self.optimizer, settings, 20),
+        }
+
+    def step(self) -> None:
+        self.model(torch.randn(8, 64)).square().mean().backward()
+        self.optimizer.step()
+        self.parts["schedule"].step()
+        self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_a_restored_run_goes_on_exactly(optim: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+    run, other = Run(optim), Run(optim)
+    frozen = run.model[0].weight.clone()
+    for _ in range(3):
+        run.step()
+    checkpoints.save(3, run.model, run.parts, {"step": 3})
+    run.step()
+    latest = checkpoints.latest()
+    assert latest
+    assert checkpoints.restore(latest, other.model, other.parts) == {"step": 3}
+    other.step()
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+    assert torch.equal(frozen, run.model[0].weight)
+    assert not torch.equal(run.model[2].weight, torch.ones(64))
+
+
+def test_a_half_written_checkpoint_is_none_and_older_ones_go(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, Accelerator(cpu=True))
+    assert checkpoints.latest() is None
+    run = Run("adamw_torch")
+    run.step()
+    checkpoints.save(9, run.model, run.parts, {"step": 9})
+    (folder / "writing").mkdir()
+    (folder / "writing" / "weights.safetensors").write_bytes(b"torn")
+    assert checkpoints.latest() == folder / "step-00000009"
+    checkpoints.save(10, run.model, run.parts, {"step": 10})
+    assert [path.name for path in folder.iterdir()] == ["step-00000010"]
+
+
+def test_weight_decay_is_for_matrices_alone() -> None:
+    groups = Run("adamw_torch").optimizer.param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [
+        (0.1, 1),
+        (0.0, 3),
+    ]

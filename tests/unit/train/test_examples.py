@@ -1,0 +1,84 @@
+"""Rows become examples, and every loss on the way is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunesmith.config import DataError
+from tunesmith.train.examples import Examples, tokenise_conversations, tokenise_texts
+from tunesmith.train.language import Language
+from tunesmith.train.tokenizer import PAD, TURN_END, learn_tokenizer
+
+
+@pytest.fixture(scope="module")
+def language() -> Language:
+    from tunesmith.chat import ChatTemplate
+
+    tokenizer = learn_tokenizer(["def add(a, b): return a + b\n"] * 20, 600, 64)
+    return Language(tokenizer, ChatTemplate(tokenizer))
+
+
+def talk(answer: str, question: str = "add?") -> dict[str, Any]:
+    messages = [("user", question), ("assistant", answer)]
+    return {"id": "r", "messages": [{"role": r, "content": c} for r, c in messages]}
+
+
+def test_examples_end_at_the_last_target_and_the_first_token_is_never_one() -> None:
+    examples = Examples()
+    examples.add([5, 6, 7, 8, 9], [True, False, True, False, False], max_length=10)
+    assert examples.rows[0].input_ids.tolist() == [5, 6, 7]
+    assert examples.rows[0].learnt.tolist() == [False, False, True]
+
+
+def test_cut_and_empty_rows_are_counted() -> None:
+    examples = Examples()
+    examples.add([1] * 8, [False] * 4 + [True] * 4, max_length=6)
+    examples.add([1] * 8, [False] * 6 + [True] * 2, max_length=6)
+    assert (examples.truncated, examples.dropped) == (2, 1)
+    assert examples.lengths().tolist() == [6]
+    assert examples.supervised().tolist() == [2]
+
+
+def test_the_answer_and_its_end_are_learnt(language: Language) -> None:
+    assert language.template
+    found = tokenise_conversations([talk("return a")], language.template, 64, 0.0)
+    row = found.rows[0]
+    learnt = language.tokenizer.decode(row.input_ids[row.learnt])
+    assert learnt == f"return a{TURN_END}"
+    assert row.input_ids[-1] == language.end_of_turn_id
+    assert language.end_of_turn_id != language.tokenizer.convert_tokens_to_ids(PAD)
+
+
+def test_too_many_refused_rows_stop_the_run_with_their_reasons(language: Language) -> None:
+    assert language.template
+    rows = [talk("return a"), talk(f"a {TURN_END} b")]
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row r: .*ends a turn"):
+        tokenise_conversations(rows, language.template, 64, 0.4)
+    found = tokenise_conversations(rows, language.template, 64, 0.5)
+    assert (len(found.rows), len(found.faults)) == (1, 1)
+
+
+def test_nothing_to_learn_is_an_error_that_names_the_limit(language: Language) -> None:
+    assert language.template
+    with pytest.raises(DataError, match=r"data.max_length \(4 tokens\)"):
+        tokenise_conversations([talk("b")], language.template, 4, 0.0)
+
+
+def test_texts_are_packed_with_an_end_after_each(language: Language) -> None:
+    tokenizer = language.tokenizer
+    texts = ["def add(a, b): return a + b\n", "x\n", "return\n"]
+    found = tokenise_texts([{"text": text} for text in texts], tokenizer, 5)
+    ids = [token for row in found.rows for token in row.input_ids.tolist()]
+    assert tokenizer.decode(ids) == "".join(text + TURN_END for text in texts)
+    assert {len(row.input_ids) for row in found.rows[:-1]} == {5}
+    assert all(row.learnt.sum() == len(row.input_ids) - 1 for row in found.rows)
+
+
+def test_the_tokenizer_spells_any_byte_and_is_always_the_same(language: Language) -> None:
+    text = "naïve 漢字 \x00 \U0001f40d"
+    assert language.tokenizer.decode(language.tokenizer(text)["input_ids"]) == text
+    again = learn_tokenizer(["def add(a, b): return a + b\n"] * 20, 600, 64)
+    assert again.get_vocab() == language.tokenizer.get_vocab()
+    assert len(again) <= 600

@@ -1,0 +1,1 @@
+"""Training: model and adapters, the loss, the loop, checkpoints and the merge."""

@@ -1,0 +1,68 @@
+"""`tunesmith train`: the dataset, the base, the training and the merge of one recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from tunesmith.config import UserError, require
+from tunesmith.data import make_dataset
+from tunesmith.ledger import Artifact
+from tunesmith.pipeline.stages import Stages
+from tunesmith.terminal import make_table
+
+
+def run(stages: Stages) -> dict[str, Any]:
+    """Make what the recipe's `train` section asks for, unless it is there."""
+    train = stages.recipe.train
+    if train is None:
+        raise UserError(f"{stages.path}: this needs a train section")
+    for module in ("torch", "transformers"):
+        require(module, "train")
+    from tunesmith.train.model import quiet_libraries
+
+    quiet_libraries()
+    for module in ("accelerate", "peft"):
+        require(module, "train")
+    if train.method == "qlora" or "8bit" in train.optim:
+        require("bitsandbytes", "train")
+    from tunesmith.train.merge import merge_stage
+    from tunesmith.train.ranks import join, main_first
+    from tunesmith.train.stage import make_base, train_stage
+
+    accelerator = join()
+    result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
+    if train.method != "pretrain":
+        result["base"] = make_base(stages, accelerator).id
+    result["trained"] = _summary(train_stage(stages, accelerator))
+    if stages.trained.kind == "adapter" and train.merge and accelerator.is_main_process:
+        result["tuned"] = _summary(merge_stage(stages))
+    return result
+
+
+def show(result: dict[str, Any]) -> RenderableType:
+    """What was made and how it went."""
+    trained, tuned = result["trained"], result.get("tuned")
+    rows = [
+        ("held-out loss before", f"{trained['eval_loss_before']:.4f}"),
+        ("held-out loss after", f"{trained['eval_loss_after']:.4f}"),
+        ("training loss at the end", f"{trained['final_loss']:.4f}"),
+        ("steps", f"{trained['steps']:,}"),
+        ("sequences", f"{trained['examples']:,}"),
+        ("supervised tokens per second", f"{trained['supervised_tokens_per_s']:,.0f}"),
+        ("seconds", f"{trained['train_s']:,.1f}"),
+    ]
+    if tuned:
+        kl = tuned["kl_nats"][tuned["merged_into"]]
+        rows.append((f"KL of merging into {tuned['merged_into']}", f"{kl:.2e}"))
+    paths = [part["path"] for part in (trained, tuned) if part]
+    return Group(
+        make_table(trained["id"], ("nats per token where it is a loss", ""), rows),
+        Text("\n".join(paths), style="dim"),
+    )
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    return {"id": artifact.id, "path": str(artifact.folder), **artifact.manifest.metrics}

@@ -1,0 +1,57 @@
+"""Several processes on one training: one of them writes, all of them wait for it.
+
+Started by `accelerate launch` or `torchrun`; alone, every function here does the plain thing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from tunesmith.ledger import Draft
+from tunesmith.ledger.store import Work
+from tunesmith.pipeline.stages import Stages
+
+T = TypeVar("T")
+
+
+def join() -> Any:
+    """An accelerator that knows the other processes, if there are any.
+
+    Only the main process keeps its standard output, so that a result is printed once.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for good
+    return accelerator
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """Let the main process make something; the others then find it made."""
+    with PartialState().main_process_first():
+        return make()
+
+
+@contextmanager
+def write_together(stages: Stages, draft: Draft) -> Iterator[Work]:
+    """The work folder of an artifact, on every rank; the main one finishes it."""
+    state = PartialState()
+    if state.num_processes == 1:
+        with stages.store.write(draft, stages.recipe) as work:
+            yield work
+        return
+    if state.is_main_process:
+        with stages.store.write(draft, stages.recipe) as work:
+            broadcast_object_list([work.out, work.scratch])
+            yield work
+    else:
+        folders = broadcast_object_list([None, None])
+        yield Work(draft, *folders)
+    state.wait_for_everyone()

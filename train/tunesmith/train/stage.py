@@ -1,0 +1,158 @@
+"""One recipe's training as a stage: from the dataset and the base to the finished artifact."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tunesmith.config.schema import Recipe, Train
+from tunesmith.data import make_dataset
+from tunesmith.ledger import Artifact
+from tunesmith.ledger.store import Work
+from tunesmith.pipeline.stages import Stages
+from tunesmith.terminal import log
+from tunesmith.train import model as models
+from tunesmith.train.examples import Examples
+from tunesmith.train.language import (
+    EVALUATION_FILE,
+    TRAIN_FILE,
+    Language,
+    learn_language,
+    read_language,
+)
+from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
+from tunesmith.train.loss import TokenLoss, check_logits
+from tunesmith.train.ranks import main_first, write_together
+from tunesmith.train.save import save_adapter, save_model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training starts from."""
+
+    language: Language
+    train: Examples
+    evaluation: Examples
+    model: Any
+    dtype: torch.dtype
+    parameters: models.Parameters
+
+
+def make_base(stages: Stages, accelerator: Any) -> Artifact:
+    """The base of a recipe: pre-trained here when it is a builtin, else recorded where it is."""
+    if stages.builds_base:
+        return train_stage(stages.builtin_base, accelerator)
+    return main_first(lambda: stages.made(stages.base))
+
+
+def train_stage(stages: Stages, accelerator: Any) -> Artifact:
+    """What `train` makes: an adapter, a checkpoint or a new base; found or trained.
+
+    Raises WorkInterrupted when asked to stop; the next call resumes.
+    """
+    if found := stages.store.find(stages.trained.id):
+        return found
+    recipe = stages.recipe
+    assert recipe.train
+    dataset = main_first(lambda: make_dataset(stages))
+    base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
+    with write_together(stages, stages.trained) as work:
+        parts = _prepare(recipe, dataset, base, accelerator)
+        job = Job(
+            TokenLoss(parts.model, parts.dtype),
+            parts.train,
+            parts.evaluation,
+            recipe.train,
+            parts.dtype,
+            recipe.seed,
+            work.scratch,
+        )
+        check_logits(job.model, parts.train.rows[0], accelerator.device)
+        progress = Trainer(job, accelerator).run()
+        if accelerator.is_main_process:
+            _save(parts, recipe.train, work)
+        work.metrics |= _metrics(parts, recipe.train, progress, base)
+    return stages.made(stages.trained)
+
+
+def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+    assert recipe.train and recipe.data
+    train, device = recipe.train, accelerator.device
+    dtype = models.torch_dtype(recipe.model.dtype, device)
+    language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
+    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
+    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data)
+    torch.manual_seed(recipe.seed)
+    if base is None:
+        assert train.architecture
+        model = models.new_model(train.architecture, language.tokenizer)
+    else:
+        is_adapter = train.method in ("lora", "qlora")
+        model = models.load_base(
+            base.root,
+            # Weights that are trained keep their full precision; the matmuls do not need it.
+            dtype if is_adapter else torch.float32,
+            device,
+            nf4=train.method == "qlora",
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    rows = [*examples.rows, *held_out.rows]
+    models.check_sizes(
+        model,
+        longest=max(len(row.input_ids) for row in rows),
+        largest_id=max(int(row.input_ids.max()) for row in rows),
+    )
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if base and train.method in ("lora", "qlora"):
+        model = models.add_adapter(model, train.lora, base.id)
+    parameters = models.count_parameters(model)
+    if accelerator.is_main_process:
+        if train.method in ("lora", "qlora"):
+            log(f"adapting {models.adapted_layers(model)}")
+        log(
+            f"training {parameters.trainable:,} of {parameters.total:,} weights "
+            f"({parameters.share:.2%}) on {len(examples.rows):,} sequences"
+        )
+    return Parts(language, examples, held_out, model, dtype, parameters)
+
+
+def _save(parts: Parts, train: Train, work: Work) -> None:
+    shutil.copy(work.scratch / METRICS_FILE, work.out / METRICS_FILE)
+    if train.method in ("lora", "qlora"):
+        save_adapter(parts.model, parts.language, work.out)
+    else:
+        save_model(parts.model, parts.language, work.out, parts.dtype)
+
+
+def _metrics(
+    parts: Parts, train: Train, progress: Progress, base: Artifact | None
+) -> dict[str, Any]:
+    examples = parts.train
+    metrics = {
+        "method": train.method,
+        "steps": progress.step,
+        "final_loss": progress.final_loss,
+        "eval_loss_before": progress.eval_losses[0],
+        "eval_loss_after": progress.eval_losses[-1],
+        "train_s": round(progress.train_s, 3),
+        "supervised_tokens_seen": progress.supervised_tokens,
+        "supervised_tokens_per_s": round(progress.supervised_tokens / progress.train_s, 1),
+        "examples": len(examples.rows),
+        "tokens": int(examples.lengths().sum()),
+        "supervised_tokens": int(examples.supervised().sum()),
+        "truncated": examples.truncated,
+        "dropped": examples.dropped,
+        "refused": len(examples.faults),
+        "trainable_parameters": parts.parameters.trainable,
+        "total_parameters": parts.parameters.total,
+        "template_sha256": parts.language.template_sha256,
+    }
+    if base:
+        metrics["base"] = base.id
+    if train.method in ("lora", "qlora"):
+        metrics["adapted_layers"] = models.adapted_layers(parts.model)
+    return metrics
