@@ -1,0 +1,107 @@
+"""`tunesmith quantize`: one compressed checkpoint per scheme of the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.config import UserError
+from tunesmith.ledger import Artifact
+from tunesmith.pipeline import Stages
+from tunesmith.pipeline.rows import sample_rows
+from tunesmith.quantize.calibration import Calibration, calibrate_on
+from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
+from tunesmith.quantize.compress import compress
+from tunesmith.quantize.modules import Selection
+from tunesmith.quantize.schemes import DEVICES, SCHEMES, Scheme
+from tunesmith.terminal import log, make_table
+
+
+def run(stages: Stages) -> dict[str, Any]:
+    """Make every checkpoint that is not there yet; the result describes all of them."""
+    if not stages.schemes:
+        raise UserError(f"{stages.path}: this needs a quantize section")
+    checkpoints = {}
+    for name in stages.schemes:
+        found = stages.store.find(stages.quantized(name).id)
+        artifact = found or _make(stages, SCHEMES[name])
+        checkpoints[name] = {
+            "id": artifact.id,
+            "folder": str(artifact.root),
+            "reused": found is not None,
+            **artifact.manifest.metrics,
+        }
+    return {"checkpoints": checkpoints}
+
+
+def show(result: dict[str, Any]) -> Any:
+    """One line per checkpoint."""
+    rows = []
+    for name, made in result["checkpoints"].items():
+        refused = [DEVICES[device] for device, reason in made["devices"].items() if reason]
+        rows.append(
+            (
+                name,
+                f"{made['bytes'] / 1e6:,.2f} MB",
+                f"{made['bytes'] / made['parent_bytes']:.0%}",
+                f"{len(made['quantized'])} / {len(made['kept'])}",
+                f"{made['calibration']['tokens']:,}" if made["calibration"] else "none needed",
+                "reused" if made["reused"] else f"{sum(made['seconds'].values()):.1f} s",
+                f"all but {', '.join(refused)}" if refused else "all",
+                made["id"],
+            )
+        )
+    columns = ("scheme", "size", "of parent", "quantized / kept", "calibration tokens", "time")
+    return make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
+
+
+def _make(stages: Stages, scheme: Scheme) -> Artifact:
+    recipe = stages.recipe
+    parent = stages.made(stages.tuned if recipe.train else stages.base)
+    calibration = _calibration(stages, parent) if scheme.calibrated else None
+    draft = stages.quantized(scheme.name)
+    log(f"{scheme.name}: quantizing {parent.id}")
+    with stages.store.write(draft, recipe) as work:
+        done = compress(
+            parent.root,
+            work.out,
+            scheme,
+            calibration,
+            dtype=recipe.model.dtype,
+            trust_remote_code=recipe.model.trust_remote_code,
+            log_path=work.scratch / "quantize.log",
+        )
+        copy_companions(parent.root, work.out, recipe.model.chat_template)
+        verify(work.out, done.selection)
+        work.metrics |= {
+            "scheme": scheme.name,
+            "bytes": weight_bytes(work.out),
+            "parent_bytes": weight_bytes(parent.root),
+            "calibration": calibration.counts() if calibration else None,
+            "seconds": done.seconds,
+            "warnings": done.warnings,
+            "devices": {device: scheme.refused_by.get(device) for device in DEVICES},
+            **_modules(done.selection),
+        }
+    return stages.made(draft)
+
+
+def _calibration(stages: Stages, parent: Artifact) -> Calibration:
+    recipe = stages.recipe
+    assert recipe.quantize and recipe.data
+    dataset = stages.made(stages.dataset)
+    rows = sample_rows(dataset.root / "train.jsonl", recipe.quantize.calibration_rows, recipe.seed)
+    return calibrate_on(
+        rows,
+        parent.root,
+        chat_template=recipe.model.chat_template,
+        max_length=recipe.data.max_length,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def _modules(selection: Selection) -> dict[str, Any]:
+    return {
+        "group_size": selection.group_size,
+        "quantized": sorted(selection.quantized),
+        "kept": selection.kept,
+    }

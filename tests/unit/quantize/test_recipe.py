@@ -1,0 +1,63 @@
+"""What the recipe alone decides about quantized checkpoints, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tunesmith.config import Recipe
+from tunesmith.ledger import Store
+from tunesmith.pipeline import Stages
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    return {
+        "name": "test",
+        "store": {"folder": tmp_path / "store"},
+        "model": {"base": str(tmp_path / "base")},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "quantize": {"scheme": "w4a16"},
+        "evaluate": {},
+    }
+
+
+def ids(recipe: dict[str, Any]) -> tuple[str, str]:
+    loaded = Recipe.model_validate(recipe)
+    stages = Stages(loaded, Store.of(loaded))
+    return stages.quantized("w4a16").id, stages.evaluation("w4a16").id
+
+
+def test_ids_follow_what_decides_the_result(recipe: dict[str, Any]) -> None:
+    quantized, evaluated = ids(recipe)
+    assert (quantized, evaluated) == ids(recipe)
+    for change in (
+        {"model": recipe["model"] | {"dtype": "float32"}},
+        {"data": recipe["data"] | {"max_length": 17}},
+        {"quantize": recipe["quantize"] | {"calibration_rows": 3}},
+        {"seed": 5},
+    ):
+        other_quantized, other_evaluated = ids(recipe | change)
+        assert other_quantized != quantized, change
+        assert other_evaluated != evaluated, change
+
+
+def test_only_an_evaluation_depends_on_how_it_is_measured(recipe: dict[str, Any]) -> None:
+    quantized, evaluated = ids(recipe)
+    measured = recipe | {"evaluate": {"max_rows": 5}}
+    assert ids(measured)[0] == quantized
+    assert ids(measured)[1] != evaluated
+    shown = recipe | {"evaluate": {"confidence": 0.9, "variants": ("w4a16",)}}
+    assert ids(shown) == (quantized, evaluated)
+
+
+def test_an_adapter_that_is_not_merged_cannot_be_quantized(recipe: dict[str, Any]) -> None:
+    train = {"train": {"method": "lora", "merge": False}}
+    with pytest.raises(ValidationError, match="quantize needs the merged model: train.merge: true"):
+        Recipe.model_validate(recipe | train)
