@@ -1,0 +1,1 @@
+"""Answers for a file of prompts: every input row is in the output once, whatever happens."""

@@ -1,0 +1,160 @@
+"""From rows without a result to results in shards, through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from tunesmith.batch.rows import ErrorType, read_rows
+from tunesmith.batch.shards import Shards
+from tunesmith.chat import ChatTemplate
+from tunesmith.config import DataError
+from tunesmith.config.schema import Batch
+from tunesmith.engine import (
+    Answer,
+    EngineSpec,
+    Request,
+    close_llm,
+    lora_request,
+    open_llm,
+    prepare_process,
+    stream,
+)
+from tunesmith.terminal import log, progress_bar
+
+_COMMIT_INTERVAL_S = 1.0
+
+
+def generate(
+    section: Batch, spec: EngineSpec, shards: Shards, total: int, usd_per_s: float | None
+) -> float:
+    """Give every valid row that has no result one; `total` counts the valid rows.
+
+    Whatever ends it, results that were finished are in the shards. A kill loses at most three
+    times `engine.max_num_seqs` rows: those in the engine and the next shard. Returns the seconds
+    that the engine took to load.
+    """
+    prepare_process()
+    log(f"batch: starting the engine for {total - shards.count} rows")
+    started_s = time.monotonic()
+    llm = open_llm(spec)
+    load_s = time.monotonic() - started_s
+    template = ChatTemplate.load(
+        spec.model, spec.chat_template, trust_remote_code=spec.trust_remote_code
+    )
+    size = spec.settings.max_num_seqs
+    with (
+        progress_bar("batch", total) as bar,
+        _Writer(shards, size) as writer,
+    ):
+        bar.advance(shards.count)
+        rate = _Rate(usd_per_s)
+        prompts = _prompts(section, spec, shards, template, llm.model_config.max_model_len, writer)
+        answers = stream(
+            llm,
+            prompts,
+            window=2 * size,
+            lora_request=lora_request(spec),
+            stop_token_id=template.end_of_turn_id,
+        )
+        for index, answer in answers:
+            if isinstance(answer, Answer):
+                writer.add(index, asdict(answer))
+            else:
+                writer.fail(index, "refused", str(answer))
+            bar.advance(1, rate.note(answer, writer.errors))
+    close_llm(llm)
+    return load_s
+
+
+def _prompts(
+    section: Batch,
+    spec: EngineSpec,
+    shards: Shards,
+    template: ChatTemplate,
+    max_model_len: int,
+    writer: _Writer,
+) -> Iterator[Request]:
+    """What the engine can take of the rows that are left; the writer gets the others."""
+    for row in read_rows(section):
+        if row.error or row.index in shards:
+            continue
+        try:
+            prompt_ids = template.prompt_ids(row.messages)
+        except (DataError, TypeError, ValueError) as error:
+            writer.fail(row.index, "invalid_messages", str(error))
+            continue
+        room = max_model_len - len(prompt_ids)
+        if room < 1:
+            detail = f"{len(prompt_ids)} tokens; the model takes {max_model_len} with the answer"
+            writer.fail(row.index, "prompt_too_long", detail)
+            continue
+        yield Request(
+            key=row.index,
+            prompt_ids=prompt_ids,
+            max_tokens=min(row.max_tokens, room),
+            temperature=row.temperature,
+            seed=spec.seed + row.index,
+        )
+
+
+class _Writer:
+    """Collects results and commits them in shards of `size` rows, or once a second."""
+
+    def __init__(self, shards: Shards, size: int) -> None:
+        self._shards, self._size = shards, size
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._committed_s = time.monotonic()
+        self.errors = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, OSError):  # a disk that is full will not take this either
+            self._commit()
+
+    def add(self, index: int, result: dict[str, Any]) -> None:
+        self._pending.append((index, result))
+        waited_s = time.monotonic() - self._committed_s
+        if len(self._pending) >= self._size or waited_s >= _COMMIT_INTERVAL_S:
+            self._commit()
+
+    def fail(self, index: int, kind: ErrorType, detail: str) -> None:
+        self.errors += 1
+        self.add(index, {"error": {"type": kind, "detail": detail}})
+
+    def _commit(self) -> None:
+        if not self._pending:
+            return
+        now_s = time.monotonic()
+        self._shards.commit(self._pending, now_s - self._committed_s)
+        self._pending, self._committed_s = [], now_s
+
+
+class _Rate:
+    """Speed and cost of this attempt, for the progress bar."""
+
+    def __init__(self, usd_per_s: float | None) -> None:
+        self._usd_per_s = usd_per_s
+        self._started_s = time.monotonic()
+        self._rows = self._tokens = 0
+
+    def note(self, answer: Answer | Exception, errors: int) -> str:
+        self._rows += 1
+        self._tokens += answer.output_tokens if isinstance(answer, Answer) else 0
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
+        text = f"{self._rows / elapsed_s:.1f} rows/s, {self._tokens / elapsed_s:,.0f} tokens/s"
+        if errors:
+            text += f", {errors} errors"
+        if self._usd_per_s is not None:
+            text += f", {elapsed_s * self._usd_per_s:.4f} USD"
+        return text

@@ -1,0 +1,144 @@
+"""From samples to figures. Pure: values in, values out."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+from tunesmith.bench.client import Sample
+from tunesmith.config.schema import Slo
+from tunesmith.statistics import Interval, percentile, ratio_of_sums
+
+PERCENTILES = (50, 95, 99)
+_MOST_SLICES, _LEAST_SLICES = 20, 4
+
+
+class Window(NamedTuple):
+    """The part of a phase in which the load was as asked; seconds of the phase."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def length_s(self) -> float:
+        return max(0.0, self.end_s - self.start_s)
+
+
+def full_queue_window(samples: Sequence[Sample], concurrency: int) -> Window:
+    """Closed loop: from when all places were taken until one stayed empty."""
+    sent = sorted(sample.sent_s for sample in samples)
+    if len(sent) < concurrency:
+        return Window(0.0, 0.0)
+    end_s = min(sample.ended_s for sample in samples if sample.ended_s > sent[-1])
+    return Window(sent[concurrency - 1], end_s)
+
+
+def arrivals_window(samples: Sequence[Sample]) -> Window:
+    """Open loop: from when as many requests were in flight as will be, to the last arrival.
+
+    It takes one answer's time until departures begin; after the last arrival they only drain.
+    """
+    answered = [sample.e2e_s for sample in samples if sample.ok]
+    first_s = samples[0].intended_s
+    settled_s = first_s + (median(answered) if answered else 0.0)
+    return Window(settled_s, samples[-1].intended_s)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Rates over a window, counted token by token and not by finished requests."""
+
+    output_tokens_per_s: Interval
+    input_tokens_per_s: float
+    requests_per_s: float
+
+
+def throughput(samples: Sequence[Sample], window: Window, seed: int) -> Throughput | None:
+    """What came out within the window; None when nothing did.
+
+    An input counts when its first token arrives, a request as the share of its output tokens that
+    fall into the window. The interval resamples equal slices of the window, each as long as an
+    answer takes where there are enough of them (a shorter one would see only the reading of
+    prompts, or only the writing). It shows how even this run was, and knows nothing of the next.
+    """
+    moments: list[tuple[float, int]] = []
+    requests = inputs = 0.0
+    for sample in (sample for sample in samples if sample.ok):
+        pieces = list(zip(sample.piece_s, sample.piece_tokens, strict=True))
+        inside = [piece for piece in pieces if window.start_s <= piece[0] < window.end_s]
+        moments += inside
+        requests += sum(tokens for _, tokens in inside) / sample.output_tokens
+        inputs += sample.input_tokens * (window.start_s <= sample.piece_s[0] < window.end_s)
+    if not moments or not window.length_s:
+        return None
+    answer_s = median(sample.e2e_s for sample in samples if sample.ok)
+    slices = max(_LEAST_SLICES, min(_MOST_SLICES, int(window.length_s / answer_s)))
+    slice_s = window.length_s / slices
+    edges_s = [window.start_s + slice_s * index for index in range(1, slices)]
+    per_slice = [0.0] * slices
+    for moment_s, tokens in moments:
+        per_slice[bisect_left(edges_s, moment_s)] += tokens
+    return Throughput(
+        output_tokens_per_s=ratio_of_sums(per_slice, [slice_s] * slices, seed=seed),
+        input_tokens_per_s=inputs / window.length_s,
+        requests_per_s=requests / window.length_s,
+    )
+
+
+def latencies_ms(samples: Sequence[Sample], seed: int) -> dict[str, dict[str, Interval]]:
+    """TTFT, TPOT and end-to-end time of the answered requests: name → percentile → interval.
+
+    A percentile is left out when fewer than one sample would lie beyond it.
+    """
+    answered = [sample for sample in samples if sample.ok]
+    columns_s = {
+        "ttft_ms": [sample.ttft_s for sample in answered],
+        "tpot_ms": [sample.tpot_s for sample in answered if sample.tpot_s is not None],
+        "e2e_ms": [sample.e2e_s for sample in answered],
+    }
+    return {
+        name: {
+            f"p{percent}": percentile([1000 * value for value in column_s], percent, seed=seed)
+            for percent in PERCENTILES
+            if len(column_s) * (100 - percent) >= 100
+        }
+        for name, column_s in columns_s.items()
+    }
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What a promise leaves of the throughput; a failed request is a broken promise."""
+
+    share: float
+    """Requests that kept the promise, of all that arrived."""
+    requests_per_s: float
+    slo_kept: bool
+    """Whether at least 95 % of all requests kept each limit."""
+
+
+def goodput(samples: Sequence[Sample], slo: Slo) -> Goodput:
+    """Count requests within the limits over the time from the first arrival to the last end."""
+    first_token = [sample.ok and sample.ttft_s * 1000 <= slo.ttft_p95_ms for sample in samples]
+    each_token = [
+        sample.ok and (sample.tpot_s or 0.0) * 1000 <= slo.tpot_p95_ms for sample in samples
+    ]
+    good = sum(map(all, zip(first_token, each_token, strict=True)))
+    span_s = max(sample.ended_s for sample in samples) - samples[0].intended_s
+    return Goodput(
+        share=good / len(samples),
+        requests_per_s=good / span_s,
+        slo_kept=min(sum(first_token), sum(each_token)) >= 0.95 * len(samples),
+    )
+
+
+def idle_s(samples: Sequence[Sample]) -> float:
+    """Seconds between the first arrival and the last end in which no request was in flight."""
+    idle, busy_until_s = 0.0, samples[0].intended_s
+    for sample in sorted(samples, key=lambda sample: sample.sent_s):
+        idle += max(0.0, sample.sent_s - busy_until_s)
+        busy_until_s = max(busy_until_s, sample.ended_s)
+    return idle

@@ -1,0 +1,22 @@
+"""vLLM: the one place that knows its arguments, its environment and its traps.
+
+Nothing here imports it before an engine is opened.
+"""
+
+from tunesmith.engine.offline import close_llm, lora_request, open_llm, prepare_process
+from tunesmith.engine.server import EngineServer
+from tunesmith.engine.spec import EngineSpec, engine_spec
+from tunesmith.engine.stream import Answer, Request, stream
+
+__all__ = [
+    "Answer",
+    "EngineServer",
+    "EngineSpec",
+    "Request",
+    "close_llm",
+    "engine_spec",
+    "lora_request",
+    "open_llm",
+    "prepare_process",
+    "stream",
+]

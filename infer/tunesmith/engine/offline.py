@@ -1,0 +1,80 @@
+"""The engine inside this process, for work on a known set of prompts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+from tunesmith.engine.environment import (
+    has_gpu_engine,
+    offline_environment,
+    thread_environment,
+    usable_cores,
+)
+from tunesmith.engine.failures import start_failure
+from tunesmith.engine.spec import EngineSpec, engine_arguments
+
+
+def prepare_process() -> None:
+    """Load torch with the environment that suits vLLM.
+
+    `open_llm` does it too; a command that imports torch or transformers before that calls this
+    first, else the model's threads are fewer and not bound to cores. Raises MissingExtraError
+    without vLLM.
+    """
+    gpu = has_gpu_engine()
+    os.environ.update(offline_environment())
+    # It would overrule the recipe's `engine.kv_cache_gib`.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # Says that Triton is missing, which a CPU has no use for.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    if gpu or "OMP_NUM_THREADS" in os.environ:
+        return
+    if torch := sys.modules.get("torch"):
+        # Too late to bind: unbound threads want a core to spare.
+        torch.set_num_threads(max(1, len(usable_cores()) - 1))
+        return
+    keep, while_loading = thread_environment()
+    os.environ.update(keep | while_loading)
+    importlib.import_module("torch")
+    for variable in while_loading:
+        del os.environ[variable]
+
+
+def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
+    """Load a model: a `vllm.LLM`. Close it with `close_llm` before the next one is opened.
+
+    `engine_args` go in place of those of the spec. Raises ModelError when vLLM refuses the
+    model, TunesmithError when it fails on it.
+    """
+    prepare_process()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from vllm import LLM
+
+            arguments = engine_arguments(spec, gpu=has_gpu_engine()) | engine_args
+            return LLM(**arguments)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise start_failure(text, spec) from error
+
+
+def lora_request(spec: EngineSpec) -> Any:
+    """What `LLM.generate` needs to apply the spec's adapter; None for a whole model."""
+    if spec.adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(spec.served_name, 1, str(spec.adapter))
+
+
+def close_llm(llm: Any) -> None:
+    """Give back the memory and the process groups of an engine."""
+    llm.llm_engine.engine_core.shutdown()
+    parallel_state = sys.modules["vllm.distributed.parallel_state"]
+    parallel_state.cleanup_dist_env_and_memory()

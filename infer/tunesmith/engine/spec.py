@@ -1,0 +1,121 @@
+"""Which model an engine runs, and vLLM's arguments for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.errors import ModelError, require
+from tunesmith.config.schema import Engine
+from tunesmith.pipeline import Stages
+
+# The ranks that vLLM has room for (`vllm.config.lora.MaxLoRARanks`).
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One model of a recipe as the engine gets it."""
+
+    model: Path
+    """Folder of the whole model, or of the adapter's base."""
+
+    settings: Engine
+    dtype: str
+    served_name: str
+    """What clients call it."""
+
+    adapter: Path | None = None
+    """Folder of a LoRA adapter to apply to every request."""
+
+    chat_template: Path | None = None
+    """Jinja file to use in place of the tokenizer's own template."""
+
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
+    """The spec of a variant; of the recipe's last one when None.
+
+    Raises UserError when the recipe has no such variant or it has not been made.
+    """
+    recipe = stages.recipe
+    _, draft = stages.variant(variant)
+    made = stages.made(draft)
+    adapter = made.root if draft.kind == "adapter" else None
+    template = recipe.model.chat_template
+    if template is None and adapter and (adapter / _TEMPLATE).is_file():
+        template = adapter / _TEMPLATE
+    return EngineSpec(
+        model=stages.made(stages.base).root if adapter else made.root,
+        settings=recipe.engine,
+        dtype=recipe.model.dtype,
+        served_name=recipe.name,
+        adapter=adapter,
+        chat_template=template.absolute() if template else None,
+        seed=recipe.seed,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+
+def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
+    """vLLM's `EngineArgs` by name, for the offline engine and the server alike."""
+    settings = spec.settings
+    arguments: dict[str, Any] = {
+        "model": str(spec.model),
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "max_num_seqs": settings.max_num_seqs,
+        "trust_remote_code": spec.trust_remote_code,
+        "use_tqdm_on_load": False,
+    }
+    if settings.max_model_len:
+        arguments["max_model_len"] = settings.max_model_len
+    if gpu:
+        arguments |= {
+            "enforce_eager": settings.enforce_eager,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+        }
+    else:
+        # With both of these vLLM skips its warm-up, and the size may be a fraction of a GiB,
+        # which VLLM_CPU_KVCACHE_SPACE may not.
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+        }
+    if spec.adapter:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": _lora_rank(spec.adapter),
+            # Without this vLLM also wraps the output head, after which it computes the
+            # log-probabilities of prompts wrongly or stops (vllm#29955, vllm#51594).
+            "lora_target_modules": _adapted_modules(spec.adapter),
+        }
+    return arguments
+
+
+def _adapted_modules(adapter: Path) -> list[str]:
+    """Last parts of the names of the layers that the adapter changes."""
+    safetensors = require("safetensors", "infer")
+    with safetensors.safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+        layers = {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+    return sorted({layer.rpartition(".")[2] for layer in layers})
+
+
+def _lora_rank(adapter: Path) -> int:
+    """The adapter's rank, rounded up to one that vLLM has room for."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rank = max(config["r"], *config.get("rank_pattern", {}).values(), 1)
+    if rank > _LORA_RANKS[-1]:
+        raise ModelError(
+            f"{path}: rank {rank} is above {_LORA_RANKS[-1]}, the most that vLLM serves; "
+            "serve the merged model, or train with a smaller train.lora.r"
+        )
+    return next(allowed for allowed in _LORA_RANKS if allowed >= rank)

@@ -1,0 +1,51 @@
+"""Errors as the OpenAI API spells them, so that its clients raise what their users know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from tunesmith.terminal import log
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    502: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code or kind}}
+
+
+def error_response(
+    status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+) -> web.Response:
+    """An error as a response."""
+    return web.json_response(error_body(status, message, code), status=status, headers=headers)
+
+
+@web.middleware
+async def shape_errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Give the errors of the HTTP library the same shape."""
+    try:
+        response: web.StreamResponse = await handler(request)
+        return response
+    except web.HTTPRequestEntityTooLarge as error:
+        return error_response(413, f"the body is too large: {error.text}")
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return error_response(error.status, f"{request.method} {request.path}: {error.reason}")
+    except ConnectionError:
+        raise  # the client has gone
+    except Exception as error:
+        log(f"serve: {request.method} {request.path}: {type(error).__name__}: {error}")
+        return error_response(500, "a fault in the gateway; its log says more")

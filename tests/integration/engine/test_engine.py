@@ -1,0 +1,150 @@
+"""The real engine, offline and as a server, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HEAD = """
+import json, os, sys
+from pathlib import Path
+from tunesmith.config.schema import Engine
+from tunesmith.engine import *
+
+def spec(model, adapter=None):
+    return EngineSpec(
+        model=Path(model), adapter=adapter and Path(adapter), dtype="float32", served_name="bot",
+        settings=Engine(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128))
+"""
+OFFLINE = f"""{HEAD}
+from tunesmith.config import ModelError
+
+def answers(model, adapter=None):
+    opened = spec(model, adapter)
+    llm = open_llm(opened)
+    requests = [Request(at, [5 + at, 6, 7], 1 + at % 5, 0.0, 0) for at in range(40)]
+    requests[7] = Request(7, [5] * 200, 4, 0.0, 0)
+    taken, found, most = 0, {{}}, 0
+
+    def taking():
+        nonlocal taken
+        for taken, request in enumerate(requests, 1):
+            yield request
+
+    for key, answer in stream(
+        llm, taking(), window=16, lora_request=lora_request(opened), stop_token_id=2
+    ):
+        most = max(most, taken - len(found))
+        found[key] = answer
+    children = Path(f"/proc/self/task/{{os.getpid()}}/children").read_text().split()
+    close_llm(llm)
+    return found, (most, len(children))
+
+if __name__ == "__main__":
+    model, adapter = sys.argv[1:]
+    plain, (most, children) = answers(model)
+    tuned, _ = answers(model, adapter)
+    again, _ = answers(model)
+    refusal = plain.pop(7), again.pop(7)
+    try:
+        open_llm(spec(model), max_model_len=10**6)
+    except ModelError as error:
+        print(json.dumps({{
+            "rows": len(plain), "children": children, "most": most, "same": plain == again,
+            "changed": sum(tuned[key] != plain[key] for key in plain),
+            "refused": type(refusal[0]).__name__, "error": str(error),
+            "threads": os.environ["OMP_NUM_THREADS"], "one": vars(plain[4]),
+        }}))
+"""
+SERVER = f"""{HEAD}
+import time
+if __name__ == "__main__":
+    model, adapter, log = sys.argv[1:]
+    with EngineServer(spec(model, adapter), log_path=Path(log)) as server:
+        print(json.dumps({{"url": server.url, "group": server.pid, "load_s": server.load_s}}),
+              flush=True)
+        time.sleep(300)
+"""
+
+
+def test_offline_answers_a_stream_with_and_without_an_adapter(llama: Path, adapter: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(llama), str(adapter)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] == 39 and found["same"]
+    assert found["changed"] > 20
+    assert found["refused"] == "VLLMValidationError"
+    assert "max_model_len" in found["error"] and "does not take" in found["error"]
+    assert found["children"] == 0 and 8 < found["most"] <= 17  # one of them was refused
+    assert int(found["threads"]) <= len(os.sched_getaffinity(0))
+    assert found["one"]["prompt_tokens"] == 3 and found["one"]["output_tokens"] == 5
+    assert "INFO" not in done.stderr and "WARNING" not in done.stderr
+
+
+def test_server_answers_and_sigkill_of_its_owner_leaves_no_process(
+    llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SERVER, str(llama), str(adapter), str(tmp_path / "log")]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout
+        line = owner.stdout.readline()
+        assert line, (tmp_path / "log").read_text()
+        ready = json.loads(line)
+        tuned = chat(ready["url"], "bot")
+        base = chat(ready["url"], "bot.base")
+        assert tuned["usage"]["completion_tokens"] == base["usage"]["completion_tokens"] == 8
+        assert tuned["choices"][0]["logprobs"] != base["choices"][0]["logprobs"]
+        assert len(members(ready["group"])) >= 3
+    finally:
+        owner.kill()
+        killed_s = time.monotonic()
+        owner.communicate()
+    while members(ready["group"]) and time.monotonic() - killed_s < 5:
+        time.sleep(0.05)
+    assert members(ready["group"]) == []
+
+
+def chat(url: str, model: str) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is 3 plus 3?"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return []
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(entry.parent.name))
+    return found

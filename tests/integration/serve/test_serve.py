@@ -1,0 +1,224 @@
+"""`tunesmith serve` with the official client, from the first probe to the last process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tunesmith.config.load import dump_recipe, load_recipe
+from tunesmith.pipeline import Stages
+
+KEY = "a-secret-key"
+MESSAGES: Any = [{"role": "user", "content": "What is 3 plus 3?"}]
+
+
+@dataclass
+class Served:
+    """A running gateway."""
+
+    process: subprocess.Popen[str]
+    url: str
+    artifact: str
+    early: dict[str, tuple[int, dict[str, str], Any]]
+    """Answers to requests made while the engine was loading."""
+
+    def get(self, path: str) -> tuple[int, dict[str, str], Any]:
+        request = urllib.request.Request(
+            f"{self.url}{path}", headers={"Authorization": f"Bearer {KEY}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status, dict(response.headers), json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers), json.load(error)
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, stages_of: Callable[..., Stages]
+) -> tuple[Path, str]:
+    """A recipe whose adapter is made, as a file; and the adapter's id."""
+    folder = tmp_path_factory.mktemp("served")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    stages = stages_of(
+        folder,
+        llama,
+        train={"method": "lora", "lora": {"r": 4}},
+        serve={"port": port, "model": "adapter", "api_key_env": "BOT_KEY"},
+        engine={"max_num_seqs": 8, "kv_cache_gib": 0.1},
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(stages.made(stages.base).root)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+    with stages.store.write(stages.trained, stages.recipe) as work:
+        adapted.save_pretrained(work.out)
+    path = folder / "recipe.yaml"
+    path.write_text(dump_recipe(stages.recipe))
+    return path, stages.trained.id
+
+
+def start(recipe: Path, *overrides: str, key: str = KEY) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.cli", "serve", str(recipe), "--json", *overrides],
+        env=os.environ | {"BOT_KEY": key},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(recipe: tuple[Path, str]) -> Iterator[Served]:
+    path, artifact = recipe
+    port = load_recipe(path).serve.port  # type: ignore[union-attr]
+    process = start(path)
+    found = Served(process, f"http://127.0.0.1:{port}", artifact, {})
+    try:
+        deadline_s = time.monotonic() + 240
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()
+            try:
+                status, _, _ = found.get("/readyz")
+            except OSError:
+                status = 0
+            if status == 503 and not found.early:
+                paths = ("/healthz", "/readyz", "/v1/models", "/v1/files")
+                found.early = {path: found.get(path) for path in paths}
+            if status == 200:
+                break
+            time.sleep(0.1)
+        yield found
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_while_the_engine_loads_probes_tell_and_requests_are_put_off(served: Served) -> None:
+    status = {path: answer[0] for path, answer in served.early.items()}
+    assert status == {"/healthz": 200, "/readyz": 503, "/v1/models": 200, "/v1/files": 503}
+    _, headers, body = served.early["/v1/files"]
+    assert int(headers["Retry-After"]) > 0 and body["error"]["code"] == "loading"
+    assert all(
+        answer[1]["x-tunesmith-artifact"] == served.artifact for answer in served.early.values()
+    )
+
+
+def test_models_chat_and_stream_with_the_official_client(served: Served) -> None:
+    with served.client() as client:
+        assert [model.id for model in client.models.list()] == ["test"]
+        assert client.models.retrieve("test").id == "test"
+        asked: Any = {"model": "test", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+        asked["extra_body"] = {"ignore_eos": True}
+        raw = client.chat.completions.with_raw_response.create(**asked)
+        assert raw.headers["x-tunesmith-artifact"] == served.artifact
+        whole = raw.parse()
+        assert whole.model == "test" and whole.usage
+        assert whole.usage.completion_tokens == 12
+        assert whole.choices[0].finish_reason == "length"
+        pieces = list(
+            client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert text == whole.choices[0].message.content
+        assert pieces[-1].usage == whole.usage
+        plain = client.completions.create(model="test", prompt="3 plus", max_tokens=4)
+        assert plain.usage and plain.usage.completion_tokens <= 4
+
+
+def test_errors_are_those_the_client_knows(served: Served) -> None:
+    with served.client() as client:
+        with pytest.raises(openai.NotFoundError, match="other"):
+            client.chat.completions.create(model="other", messages=MESSAGES)
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            client.chat.completions.create(model="test", messages=MESSAGES, max_tokens=-1)
+    with served.client("wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert KEY not in str(caught.value)
+
+
+def test_what_cannot_work_is_told_before_the_engine_starts(
+    served: Served, recipe: tuple[Path, str]
+) -> None:
+    for overrides, key, words in [
+        ((), KEY, "is taken by another process"),
+        ((), "", "BOT_KEY is not set"),
+        (("serve.host=0.0.0.0", "serve.api_key_env=null"), KEY, "serve.api_key_env"),
+        (("serve.model=tuned", "serve.port=1"), KEY, "has not been made"),
+    ]:
+        process = start(recipe[0], *overrides, key=key)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2, said
+        assert words in said and "loading" not in said
+
+
+def test_a_stop_lets_open_streams_end_and_leaves_no_process(served: Served) -> None:
+    """The last test of the module: it stops the server."""
+    group = engine_group(served.process.pid)
+    assert len(members(group)) >= 3
+    with served.client() as client:
+        stream = client.chat.completions.create(
+            model="test", messages=MESSAGES, max_tokens=1500, temperature=0, stream=True,
+            extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
+        )  # fmt: skip
+        next(stream)
+        served.process.send_signal(signal.SIGTERM)
+        stopped_s = time.monotonic()
+        while served.get("/readyz")[0] != 503:
+            assert time.monotonic() - stopped_s < 1
+        assert served.get("/readyz")[2]["error"]["code"] == "shutting_down"
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="test", prompt="x")
+        pieces = list(stream)
+        assert pieces[-1].usage and pieces[-1].usage.completion_tokens == 1500
+        assert any(piece.choices and piece.choices[0].finish_reason for piece in pieces)
+    out, said = served.process.communicate(timeout=20)
+    assert served.process.returncode == 0, said
+    assert members(group) == []
+    result = json.loads(out)
+    assert result["model"] == "test" and result["requests"] >= 6
+    assert f"{served.url}/v1 model test" in said and "try: curl" in said
+    assert KEY not in said and "$BOT_KEY" in said
+
+
+def engine_group(parent: int) -> int:
+    """The guard of the engine: the gateway's one child."""
+    listing = Path(f"/proc/{parent}/task").glob("*/children")
+    (child,) = [pid for file in listing for pid in file.read_text().split()]
+    return int(child)
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(entry.parent.name))
+    return found

@@ -1,0 +1,157 @@
+"""Against an upstream with known behaviour: true figures, and every fault found for its reason.
+
+Delays are long against the few milliseconds that a busy machine adds to both ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from tunesmith.bench.figures import latencies_ms
+from tunesmith.bench.traffic import poisson_arrivals
+from tunesmith.config import DataError, TunesmithError
+from tunesmith.config.schema import Bench
+
+
+def measure(metered, upstream, bench, phase="arrivals"):
+    async def load():
+        async with metered(upstream, bench) as meter:
+            return await getattr(meter, phase)()
+
+    return asyncio.run(load())
+
+
+def within_5_percent(measured_ms, true_s):
+    for percent in (50, 95, 99):
+        true_ms = 1000 * float(np.percentile(true_s, percent))
+        assert measured_ms[f"p{percent}"].value == pytest.approx(true_ms, rel=0.05), percent
+
+
+def test_constant_latency(metered, upstream):
+    bench = Bench(requests=120, request_rate=60, max_tokens=8)
+    phase = measure(metered, upstream(ttft_s=0.25, tpot_s=0.04), bench)
+    assert phase.faults == []
+    found = latencies_ms(phase.evidence.samples, seed=0)
+    within_5_percent(found["ttft_ms"], [0.25])
+    within_5_percent(found["tpot_ms"], [0.04])
+    within_5_percent(found["e2e_ms"], [0.25 + 7 * 0.04])
+
+
+def test_a_queue_before_one_server(metered, upstream):
+    """Waiting times of Poisson arrivals and constant service, by Lindley's recursion."""
+    service_s, rate, count = 0.06, 14.0, 100
+    free_s, true_s = 0.0, []
+    for arrival_s in poisson_arrivals(rate, count, seed=3):
+        free_s = max(arrival_s, free_s) + service_s
+        true_s.append(free_s - arrival_s)
+    bench = Bench(requests=count, request_rate=rate, max_tokens=1)
+    phase = measure(metered, upstream(ttft_s=service_s, one_at_a_time=True), bench)
+    within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
+
+
+def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
+    rate, count, ttft_s, stall = 50.0, 150, 0.2, (0.5, 1.5)
+    true_s = [
+        (stall[1] - arrival_s if stall[0] <= arrival_s < stall[1] else 0.0) + ttft_s
+        for arrival_s in poisson_arrivals(rate, count, seed=3)
+    ]
+    bench = Bench(requests=count, request_rate=rate, max_tokens=1)
+    phase = measure(metered, upstream(ttft_s=ttft_s, stall=stall), bench)
+    within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
+
+
+def test_tokens_in_bursts(metered, upstream):
+    bench = Bench(requests=100, request_rate=80, max_tokens=12)
+    phase = measure(metered, upstream(ttft_s=0.2, tpot_s=0.02, burst=4), bench)
+    assert phase.faults == []
+    assert phase.evidence.samples[0].piece_tokens == (4, 4, 4)
+    found = latencies_ms(phase.evidence.samples, seed=0)
+    within_5_percent(found["tpot_ms"], [0.02])
+    within_5_percent(found["ttft_ms"], [0.2 + 3 * 0.02])
+
+
+def test_concurrency_is_kept_and_warm_up_is_apart(metered, upstream):
+    bench = Bench(requests=40, concurrency=8, max_tokens=10)
+    fake = upstream(ttft_s=0.1, tpot_s=0.02)
+
+    async def load():
+        async with metered(fake, bench) as meter:
+            return await meter.warm_up(), await meter.prompts_only(), await meter.full_queue()
+
+    warm_up, prompts_only, full_queue = asyncio.run(load())
+    assert [len(p.evidence.samples) for p in (warm_up, prompts_only, full_queue)] == [8, 40, 40]
+    assert full_queue.faults == []
+    assert full_queue.wall_s == pytest.approx(40 / 8 * (0.1 + 9 * 0.02), rel=0.1)
+    contents = [body["messages"][0]["content"] for body in fake.asked]
+    assert len(set(contents)) == len(contents) == 88
+    for body in fake.asked:
+        assert body["ignore_eos"] and body["stream_options"]["include_usage"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "words"),
+    [
+        ("http", "errors", "HTTP 500: out of order"),
+        ("error", "errors", "the engine died"),
+        ("truncated", "errors", "ended before the answer did"),
+        ("abort", "errors", "finish_reason abort"),
+        ("short", "token_mismatch", "5 output tokens in place of 6"),
+        ("lost_token", "token_mismatch", "5 output tokens in place of 6"),
+        ("uncounted", "token_mismatch", "by the engine's counters"),
+    ],
+)
+def test_a_faulty_answer_makes_the_run_invalid(metered, upstream, fault, check, words):
+    bench = Bench(requests=30, request_rate=200, max_tokens=6)
+    phase = measure(metered, upstream(fault=fault), bench)
+    found = {fault.check: fault.detail for fault in phase.faults}
+    assert words in found.pop(check)
+    assert found.keys() <= {"too_short", "client_bound"}
+    assert len(phase.discarded) == 1
+
+
+def test_cached_prompts_make_the_run_invalid(metered, upstream):
+    bench = Bench(requests=30, request_rate=40, max_tokens=4)
+    phase = measure(metered, upstream(hit_rate=0.5), bench)
+    assert {"contaminated"} == {fault.check for fault in phase.faults} - {"client_bound"}
+    assert "50.0%" in phase.faults[-1].detail
+
+
+def test_what_all_prompts_have_in_common_is_no_contamination(metered, upstream):
+    """The stand-in's template begins every prompt of 20 tokens with the same two."""
+    bench = Bench(requests=30, request_rate=40, max_tokens=4)
+    phase = measure(metered, upstream(ttft_s=0.2, hit_rate=0.1), bench)
+    assert phase.faults == []
+
+
+def test_a_lagging_client_makes_the_run_invalid_and_hides_nothing(metered, upstream):
+    bench = Bench(requests=60, request_rate=60, max_tokens=4)
+    fake = upstream(ttft_s=0.01)
+
+    async def load():
+        async with metered(fake, bench) as meter:
+            for delay_s in (0.3, 1.8):
+                asyncio.get_running_loop().call_later(delay_s, time.sleep, 0.4)
+            return await meter.arrivals()
+
+    phase = asyncio.run(load())
+    assert [fault.check for fault in phase.faults] == ["client_bound"]
+    assert max(sample.ttft_s for sample in phase.evidence.samples) > 0.3
+
+
+def test_too_little_to_say_anything(metered, upstream):
+    phase = measure(metered, upstream(), Bench(requests=12, request_rate=100, max_tokens=4))
+    assert [fault.check for fault in phase.faults] == ["too_short"]
+
+
+def test_nobody_answers(metered, upstream):
+    with pytest.raises(TunesmithError, match="none of 4 requests was answered.*HTTP 500"):
+        measure(metered, upstream(fault="http"), Bench(concurrency=4), "warm_up")
+
+
+def test_no_prompt_fits(metered, upstream):
+    with pytest.raises(DataError, match=r"512.*bench\.max_tokens"):
+        measure(metered, upstream(), Bench(max_tokens=500))
