@@ -14,7 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from tunesmith.config.errors import GateError, TunesmithError, UnknownArtifactError
 from tunesmith.ledger.manifest import Manifest
@@ -85,14 +86,21 @@ class Index:
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _configure_sqlite)
         try:
-            _schema.create_all(self._engine)
-        except OperationalError as error:
-            # Two processes may create the tables at the same moment; only a real fault stays.
+            self._create_tables()
+        except DBAPIError:
+            # PostgreSQL lets two processes that create one table collide; the second finds it.
             try:
-                _schema.create_all(self._engine)
-            except OperationalError:
+                self._create_tables()
+            except DBAPIError as error:
                 shown = self._engine.url.render_as_string(hide_password=True)
                 raise TunesmithError(f"cannot open the ledger {shown}: {error.orig}") from error
+
+    def _create_tables(self) -> None:
+        with self._engine.begin() as db:
+            for table in _schema.sorted_tables:
+                db.execute(CreateTable(table, if_not_exists=True))
+                for index in sorted(table.indexes, key=lambda index: str(index.name)):
+                    db.execute(CreateIndex(index, if_not_exists=True))
 
     def close(self) -> None:
         """Give every connection back."""
@@ -251,8 +259,8 @@ class Index:
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=30000")
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.execute("PRAGMA busy_timeout=30000")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()

@@ -51,14 +51,14 @@ def stream(
             if request is None:
                 is_exhausted = True
                 break
-            params = SamplingParams(
-                max_tokens=request.max_tokens,
-                temperature=request.temperature,
-                seed=request.seed if request.temperature > 0 else None,
-                stop_token_ids=[stop_token_id],
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
             try:
+                params = SamplingParams(
+                    max_tokens=request.max_tokens,
+                    temperature=request.temperature,
+                    seed=request.seed if request.temperature > 0 else None,
+                    stop_token_ids=[stop_token_id],
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
                 engine.add_request(
                     str(request.key),
                     tokens_input(request.prompt_ids),

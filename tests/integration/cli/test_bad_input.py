@@ -97,12 +97,13 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_taken_port(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(conversations(30))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = tunesmith(tmp_path, "serve", llama, serve={"port": port})
-    check(done, f"127.0.0.1:{port}", "serve.port=PORT")
+        done = tunesmith(tmp_path, "serve", llama, serve={"port": port, "model": "base"})
+    check(done, f"127.0.0.1:{port} is taken", "serve.port=")
 
 
 def test_a_full_disk_keeps_what_there_is_and_resumes(tmp_path: Path, llama: Path) -> None:

@@ -16,6 +16,17 @@ from tunesmith.config import load_recipe
 from tunesmith.ledger import Store
 from tunesmith.pipeline import Stages
 
+HALF_MADE = {
+    "data": "scratch",
+    "adapter": "scratch/**/step-????????",
+    "tuned": "scratch/*",
+    "w8a8-int8": "scratch/quantize.log",
+    "eval tuned": "scratch",
+    "batch": "scratch/shards",
+    "bench batch": "scratch/tuned.json",
+}
+"""Artifact → what its work folder holds when it is half made."""
+
 
 def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]]) -> Path:
     """Every section, on sixty conversations and a random model."""
@@ -119,27 +130,36 @@ def test_a_changed_byte_of_data_gives_new_ids_downstream_and_keeps_the_base(
         rows.write_text(whole)
 
 
-def test_kill_9_during_training_resumes_to_the_same_adapter(
+def test_kill_9_in_the_middle_of_each_stage_and_the_same_command_finishes(
     first: tuple[Path, dict[str, Any]], llama: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    path = write_recipe(tmp_path, llama, rows)
-    only_train = [f"{name}=null" for name in ("quantize", "evaluate", "batch", "bench")]
+    path, ids = write_recipe(tmp_path, llama, rows), first[1]["ids"]
+    store = Store(tmp_path / ".tunesmith")
+    for label, begun in HALF_MADE.items():
+        kill_when(path, tmp_path / ".tunesmith" / "work" / ids[label], begun)
+    done = run(path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["ids"] == ids
+    for artifact in ids.values():
+        assert store.verify(artifact)[1] == []
+    made = {folder.name for folder in (tmp_path / ".tunesmith" / "artifacts").iterdir()}
+    assert made == {folder.name for folder in (first[0].parent / ".tunesmith/artifacts").iterdir()}
+    weights = "adapter_model.safetensors"
+    reference = Store(first[0].parent / ".tunesmith").get(ids["adapter"])
+    assert store.get(ids["adapter"]).manifest.files[weights] == reference.manifest.files[weights]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 5
+
+
+def kill_when(path: Path, work: Path, begun: str) -> None:
+    """Start the run and kill its whole process group once this is in the artifact's work folder."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tunesmith.cli", "run", path.name, *only_train],
-        cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        [sys.executable, "-m", "tunesmith.cli", "run", path.name], cwd=path.parent,
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tunesmith/work/adapter-*/scratch/**/step-????????")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    deadline_s = time.monotonic() + 200
+    while not list(work.glob(begun)):
+        assert process.poll() is None and time.monotonic() < deadline_s, work.name
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    store = Store(tmp_path / ".tunesmith")
-    adapter = first[1]["ids"]["adapter"]
-    assert store.find(adapter) is None
-    done = run(path, *only_train)
-    assert done.returncode == 0, done.stderr[-4000:]
-    made = store.get(adapter)
-    reference = Store(first[0].parent / ".tunesmith").get(adapter)
-    weights = "adapter_model.safetensors"
-    assert made.manifest.files[weights] == reference.manifest.files[weights]
+    assert not (work.parent.parent / "artifacts" / work.name).exists()

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -215,3 +216,23 @@ def test_an_input_is_hashed_again_when_it_changes(store: Store, tmp_path: Path) 
     path.write_text(json.dumps({"a": 2}))
     os.utime(path, (1, 1))
     assert store.digest(path) != old
+
+
+OPEN_AT_ONCE = """
+import sys, time
+from tunesmith.ledger import Index
+
+time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
+Index(sys.argv[1]).all()
+"""
+
+
+def test_many_may_open_a_new_ledger_at_once(tmp_path: Path) -> None:
+    """Each rank of a training does, and a table that is there for one is new to another."""
+    for attempt in range(4):
+        url, start = f"sqlite:///{tmp_path / f'{attempt}.db'}", str(time.time() + 2)
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", OPEN_AT_ONCE, url, start], stderr=-1)
+            for _ in range(6)
+        ]
+        assert [rank.communicate()[1] for rank in ranks] == [b""] * len(ranks)

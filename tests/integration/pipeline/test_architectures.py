@@ -1,0 +1,57 @@
+"""One recipe, other architectures: trained, merged, quantized, and answered by the real engine."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "phi": ("phi", {"num_key_value_heads": 4}),
+    "phi3": ("phi3", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_way(
+    family: str, model_of: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    architecture, changes = FAMILIES[family]
+    base = model_of(tmp_path / "base", architecture, **changes)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 3 plus 3?"}\n' * 3)
+    recipe = {
+        "name": family,
+        "model": {"base": str(base), "dtype": "bfloat16"},
+        "data": {"train": "rows.jsonl", "max_length": 96, "evaluation_fraction": 0.2},
+        "train": {"method": "lora", "lora": {"r": 4}, "max_steps": 8, "learning_rate": 1.0e-2},
+        "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8},
+        "engine": {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_gib": 0.1},
+        "evaluate": {"max_rows": 6, "max_tokens": 8},
+        "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith.cli", "run", "recipe.yaml", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(json.loads(done.stdout)["summary"])
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 3
+    print(answers)
