@@ -7,12 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.config import TunesmithError
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline import Stages
-from tunesmith.report.quality import Change, Rows, level, loss_change
-from tunesmith.statistics import Interval
+from tunesmith.statistics import Interval, Rows, compare, level
 
 BENCH_MODES = ("batch", "serve")
+
+
+@dataclass(frozen=True)
+class Change:
+    """The loss of one variant against another's, paired row by row."""
+
+    against: str
+    relative: Interval
+    """0.01 is a loss that is 1 % higher."""
+    excludes_zero: bool
 
 
 @dataclass(frozen=True)
@@ -114,10 +124,20 @@ def _variant(
         artifact=artifact,
         size_bytes=_size_bytes(stages, artifact),
         loss=level(own, "completion_loss", confidence, recipe.seed) if own else None,
-        change=loss_change(own, other, against, confidence, recipe.seed) if own and other else None,
+        change=_change(own, other, against, confidence, recipe.seed) if own and other else None,
         chrf=level(own, "chrf", confidence, recipe.seed) if own else None,
         bench={mode: figures for mode, figures in bench.items() if figures},
     )
+
+
+def _change(own: Rows, other: Rows, against: str, confidence: float, seed: int) -> Change | None:
+    try:
+        found = compare(own, other, "completion_loss", confidence, seed)
+    except TunesmithError:  # other tokenizers: losses per token of different texts
+        return None
+    if found is None or found.relative is None:
+        return None
+    return Change(against, found.relative, found.excludes_zero)
 
 
 def _size_bytes(stages: Stages, artifact: Artifact | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Figures with their uncertainty: bootstrap intervals of percentiles, ratios and differences."""
+"""Figures with their uncertainty: bootstrap intervals, and models compared on the same rows."""
 
 from tunesmith.statistics.bootstrap import (
     Interval,
@@ -6,5 +6,16 @@ from tunesmith.statistics.bootstrap import (
     percentile,
     ratio_of_sums,
 )
+from tunesmith.statistics.paired import MIN_ROWS, Comparison, Rows, compare, level
 
-__all__ = ["Interval", "paired_relative_difference", "percentile", "ratio_of_sums"]
+__all__ = [
+    "MIN_ROWS",
+    "Comparison",
+    "Interval",
+    "Rows",
+    "compare",
+    "level",
+    "paired_relative_difference",
+    "percentile",
+    "ratio_of_sums",
+]

@@ -6,10 +6,10 @@ from typing import Any
 
 from tunesmith.config import UserError
 from tunesmith.config.schema import Evaluate
-from tunesmith.evaluate.compare import compare, level
 from tunesmith.evaluate.variants import measure_variant, read_rows, refused
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
+from tunesmith.statistics import compare, level
 from tunesmith.terminal import make_table
 
 _TITLES = {"completion_loss": "loss (nats/token)", "chrf": "chrF", "rouge_l": "ROUGE-L"}

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from tunesmith.engine import EngineSpec, close_llm, engine_spec, lora_request, open_llm
 from tunesmith.engine.environment import has_gpu_engine
-from tunesmith.evaluate.compare import Rows, level
 from tunesmith.evaluate.heldout import hold_out
 from tunesmith.evaluate.measure import Engine, measure
 from tunesmith.evaluate.refusal import refusal
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.rows import sample_rows
+from tunesmith.statistics import Rows, level
 from tunesmith.terminal import log
 
 _ROWS_FILE = "rows.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.config import TunesmithError
-from tunesmith.statistics import Interval, paired_relative_difference, ratio_of_sums
+from tunesmith.statistics.bootstrap import Interval, paired_relative_difference, ratio_of_sums
 
 METRICS = {
     "completion_loss": "completion_loss_sum_nats",
@@ -32,8 +32,9 @@ class Comparison:
     difference: Interval
     """In the metric's own unit: nats per token, or points."""
 
-    relative_percent: Interval | None
-    """The loss in percent of the other model's; None for the text metrics, which can be 0."""
+    relative: Interval | None
+    """For the loss, 0.01 where it is 1 % above the other model's; None for the text metrics, which
+    can be 0."""
 
     @property
     def excludes_zero(self) -> bool:
@@ -44,12 +45,11 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        relative = self.relative_percent
         return {
             "metric": self.metric,
             "rows": self.rows,
             "difference": self.difference._asdict(),
-            "relative_percent": relative._asdict() if relative else None,
+            "relative_percent": _percent(self.relative)._asdict() if self.relative else None,
             "excludes_zero": self.excludes_zero,
         }
 
@@ -89,16 +89,19 @@ def compare(
     differences = [value - other for value, other in zip(values, other_values, strict=True)]
     relative = None
     if metric == "completion_loss":
-        share = paired_relative_difference(
+        relative = paired_relative_difference(
             values, weights, other_values, weights, confidence=confidence, seed=seed
         )
-        relative = Interval(*(100 * bound for bound in share))
     return Comparison(
         metric=metric,
         rows=len(left),
         difference=ratio_of_sums(differences, weights, confidence=confidence, seed=seed),
-        relative_percent=relative,
+        relative=relative,
     )
+
+
+def _percent(share: Interval) -> Interval:
+    return Interval(*(100 * bound for bound in share))
 
 
 def _columns(rows: Rows, metric: str) -> tuple[list[float], list[float]]:

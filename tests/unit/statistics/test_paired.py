@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.config import TunesmithError
-from tunesmith.evaluate.compare import MIN_ROWS, compare, level
+from tunesmith.statistics import MIN_ROWS, compare, level
 
 
 def rows(losses: Any, tokens: Any, **more: Any) -> list[dict[str, Any]]:
@@ -27,10 +27,10 @@ def test_difference_is_signed_and_paired_by_id_in_any_order() -> None:
     tokens = np.arange(5, 25)
     ours, theirs = rows(tokens * 2.2, tokens), rows(tokens * 2.0, tokens)
     found = compare(ours[:-4], theirs[::-1], "completion_loss", 0.95, seed=0)
-    assert found is not None and found.relative_percent is not None
+    assert found is not None and found.relative is not None
     assert found.rows == 16
     assert found.difference == pytest.approx((0.2, 0.2, 0.2))
-    assert found.relative_percent == pytest.approx((10.0, 10.0, 10.0))
+    assert found.relative == pytest.approx((0.1, 0.1, 0.1))
     assert found.excludes_zero
 
 
@@ -65,7 +65,7 @@ def test_text_metrics_weigh_each_row_once() -> None:
     found = compare(ours, theirs, "chrf", 0.95, seed=0)
     assert found is not None
     assert found.difference.value == pytest.approx(9.0)
-    assert found.relative_percent is None
+    assert found.relative is None
 
 
 def test_too_few_rows_never_show_a_difference() -> None:
