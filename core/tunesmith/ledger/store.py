@@ -22,6 +22,7 @@ from typing import Any
 from tunesmith.config.errors import GateError, TunesmithError, UnknownArtifactError
 from tunesmith.config.load import dump_recipe
 from tunesmith.config.schema import Recipe
+from tunesmith.ledger.durable import sync, sync_tree, write_synced
 from tunesmith.ledger.environment import describe_environment, device_count
 from tunesmith.ledger.index import Index
 from tunesmith.ledger.manifest import (
@@ -129,12 +130,12 @@ class Store:
                 yield work
             finally:
                 clock.save()
-            _write_synced(work.out / RESOLVED, dump_recipe(recipe))
+            write_synced(work.out / RESOLVED, dump_recipe(recipe))
             manifest = self._manifest(work, recipe, clock.total_s)
-            _write_synced(work.out / MANIFEST, manifest.to_text())
-            _sync_tree(work.out)
+            write_synced(work.out / MANIFEST, manifest.to_text())
+            sync_tree(work.out)
             os.rename(work.out, self._artifacts / draft.id)
-            _sync_folder(self._artifacts)
+            sync(self._artifacts)
             self.index.add(manifest)
             shutil.rmtree(base, ignore_errors=True)
 
@@ -295,28 +296,3 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
         )
         for path in _files(folder)
     }
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tunesmith.ledger.durable import sync
+
 _OFFSET_BITS = 40
 _ABSENT = -1
 _OPEN_FILES = 64
@@ -61,7 +63,7 @@ class Shards:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(self._folder)
+        sync(self._folder)
         self._index(self._next)
         self._next += 1
 
@@ -99,11 +101,3 @@ def to_line(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only write escaped
         return json.dumps(value).encode() + b"\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

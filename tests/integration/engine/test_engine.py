@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from processes import members
+
 HEAD = """
 import json, os, sys
 from pathlib import Path
@@ -131,20 +133,3 @@ def chat(url: str, model: str) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=60) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
-
-
-def members(group: int) -> list[int]:
-    """Living processes of a process group."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return []
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(entry.parent.name))
-    return found

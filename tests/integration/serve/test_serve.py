@@ -20,6 +20,7 @@ import openai
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import members
 from transformers import AutoModelForCausalLM
 
 from tunesmith.config.load import dump_recipe, load_recipe
@@ -209,16 +210,3 @@ def engine_group(parent: int) -> int:
     listing = Path(f"/proc/{parent}/task").glob("*/children")
     (child,) = [pid for file in listing for pid in file.read_text().split()]
     return int(child)
-
-
-def members(group: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(entry.parent.name))
-    return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import members
 
 from tunesmith.engine import guard
 
@@ -27,19 +28,6 @@ if "fork" in sys.argv and os.fork() == 0:
     os._exit(0)
 time.sleep(300)
 """
-
-
-def members(group: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(entry.parent.name))
-    return found
 
 
 def wait_for(group: int, count: int, timeout_s: float = 5.0) -> list[int]:

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tunesmith.ledger.durable import sync_tree
+
 _WEIGHTS, _STATE = "weights.safetensors", "state.pt"
 
 
@@ -63,7 +65,7 @@ class Checkpoints:
         torch.save(_random_state(), aside / self._random_file)
         self._accelerator.wait_for_everyone()
         if is_main:
-            _sync(aside)
+            sync_tree(aside)
             older = [path for path in self._folder.glob("step-????????") if path != final]
             shutil.rmtree(final, ignore_errors=True)
             os.rename(aside, final)
@@ -117,12 +119,3 @@ def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
