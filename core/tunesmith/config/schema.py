@@ -105,6 +105,22 @@ class Lora(Section):
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(r)` in place of `lora_alpha / r`."""
 
+    use_dora: bool = False
+    """Learn the length of each column apart from its direction (DoRA). vLLM serves such a model
+    merged, never the adapter by itself."""
+
+    init_lora_weights: Literal["zeros", "pissa"] = "zeros"
+    """`zeros` starts from the base as it is; `pissa` puts the base's principal components into the
+    adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r)."""
+
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter's beginning is taken out of the base's weights."""
+        return self.init_lora_weights == "pissa"
+
 
 class Architecture(Section):
     """The shape of a Llama-style model to pre-train from nothing."""
@@ -192,6 +208,9 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
+    neftune_noise_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Strength of the noise on the input embeddings while training (NEFTune); 0 is none."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -211,9 +230,11 @@ class Train(Section):
     """Also write the adapter merged into its base as a checkpoint."""
 
     @model_validator(mode="after")
-    def _architecture_is_for_pretrain(self) -> Train:
+    def _methods_have_what_they_need(self) -> Train:
         if (self.method == "pretrain") != (self.architecture is not None):
             raise ValueError("architecture is given exactly when method is pretrain")
+        if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
+            raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
         return self
 
 
@@ -394,6 +415,15 @@ class Recipe(Section):
     price: Price | None = None
     """Turns device time into USD."""
 
+    @property
+    def serves_adapter(self) -> bool:
+        """Whether any section has the engine load the adapter over its base."""
+        asked: list[str | None] = [part.model for part in (self.batch, self.serve) if part]
+        asked += (self.evaluate.variants or [None]) if self.evaluate else []
+        asked += [None] if self.bench else []
+        by_default = self.train is not None and not self.train.merge and None in asked
+        return "adapter" in asked or by_default
+
     @model_validator(mode="after")
     def _sections_have_what_they_need(self) -> Recipe:
         pretrain = self.train is not None and self.train.method == "pretrain"
@@ -408,4 +438,9 @@ class Recipe(Section):
             raise ValueError("quantize needs the merged model: train.merge: true")
         if self.evaluate and not self.data:
             raise ValueError("evaluate needs a data section")
+        if self.train and self.train.lora.use_dora and self.serves_adapter:
+            raise ValueError(
+                "vLLM cannot serve a DoRA adapter over its base: use the model tuned, with "
+                "train.merge: true"
+            )
         return self

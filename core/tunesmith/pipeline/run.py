@@ -43,9 +43,11 @@ def steps(stages: Stages) -> list[Step]:
     if recipe.data:
         found.append(Step("data", ("data",), (stages.dataset,)))
     if recipe.train:
-        made = [stages.variants[name] for name in ("adapter", "tuned") if name in stages.variants]
-        if stages.builds_base:
-            made.insert(0, stages.base)
+        made = [
+            stages.variants[name]
+            for name in ("base", "adapter", "tuned")
+            if name in stages.variants
+        ]
         found.append(Step("train", ("train",), tuple(made)))
     if recipe.quantize:
         made = [stages.quantized(scheme) for scheme in stages.schemes]

@@ -1,4 +1,4 @@
-"""One recipe, other architectures: trained, merged, quantized, and answered by the real engine."""
+"""One recipe, other architectures: trained, merged, quantized, and answering in the real engine."""
 
 import json
 import subprocess
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tunesmith.ledger import Store
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
@@ -42,7 +44,6 @@ def test_the_whole_way(
         "train": {"method": "lora", "lora": {"r": 4}, "max_steps": 8, "learning_rate": 1.0e-2},
         "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8},
         "engine": {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_gib": 0.1},
-        "evaluate": {"max_rows": 6, "max_tokens": 8},
         "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -51,7 +52,10 @@ def test_the_whole_way(
         cwd=tmp_path, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    print(json.loads(done.stdout)["summary"])
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 3
-    print(answers)
+    assert len(answers) == 3 and all(0 < row["output_tokens"] <= 8 for row in answers)
+    store = Store(tmp_path / ".tunesmith")
+    ids = json.loads(done.stdout)["ids"]
+    trained = store.get(ids["adapter"]).manifest.metrics
+    assert trained["eval_loss_after"] < trained["eval_loss_before"]
+    assert store.get(ids["batch"]).manifest.parents["model"] == ids["w8a8-int8"]

@@ -81,7 +81,7 @@ def test_every_section_leaves_its_artifact_and_the_report(
 ) -> None:
     path, result = first
     assert set(result["ids"]) == {
-        "data", "adapter", "tuned", "w8a8-int8", "eval tuned", "eval w8a8-int8", "batch",
+        "data", "base", "adapter", "tuned", "w8a8-int8", "eval tuned", "eval w8a8-int8", "batch",
         "bench batch", "bench serve",
     }  # fmt: skip
     store = Store(path.parent / ".tunesmith")

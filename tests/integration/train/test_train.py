@@ -18,6 +18,8 @@ from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError, ModelError
 from tunesmith.pipeline import Stages
 from tunesmith.train import command
+from tunesmith.train.language import EVALUATION_FILE, read_language
+from tunesmith.train.loss import TokenLoss, collate
 
 StagesOf = Callable[..., Stages]
 QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
@@ -58,6 +60,34 @@ def test_lora_end_to_end(stages_of: StagesOf, base_of: Callable[[str], Path]) ->
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 8, 16, 24, 30]
     assert not stages.store.faults(stages.store.get(trained["id"]))
+
+
+@pytest.mark.parametrize("lora", [
+    {"use_dora": True},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa", "use_rslora": True},
+])  # fmt: skip
+def test_other_adapters_are_saved_as_they_were_trained(
+    lora: dict[str, Any], stages_of: StagesOf, base_of: Callable[[str], Path]
+) -> None:
+    """What PEFT loads on the untouched base has the held-out loss that the training ended with."""
+    stages = stages_of(max_steps=20, lora={"r": 4, "lora_alpha": 8} | lora)
+    result = command.run(stages)
+    trained, tuned = result["trained"], result["tuned"]
+    assert trained["eval_loss_after"] < 0.8 * trained["eval_loss_before"]
+    assert tuned["kl_nats"]["original"] <= 1e-4
+    base = AutoModelForCausalLM.from_pretrained(base_of("llama"))
+    model = TokenLoss(PeftModel.from_pretrained(base, trained["path"]), torch.float32).eval()
+    recipe, nats, tokens = stages.recipe, 0.0, 0
+    assert recipe.data
+    language = read_language(Path(trained["path"]), recipe)
+    held_out = language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data)
+    for row in held_out.rows:
+        batch = collate([row])
+        with torch.no_grad():
+            nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        tokens += len(batch.targets_N)
+    assert nats / tokens == pytest.approx(trained["eval_loss_after"], rel=1e-4)
 
 
 def test_the_second_run_reuses_everything(stages_of: StagesOf) -> None:
@@ -141,11 +171,13 @@ def test_other_architectures_train_and_merge(family: str, stages_of: StagesOf) -
     {"gradient_checkpointing": True},
     {"lora": {"use_rslora": True, "target_modules": ["q_proj", "mlp.up_proj"]}},
     {"optim": "adamw_8bit"},
+    {"lora": {"loraplus_lr_ratio": 4.0}},
+    {"neftune_noise_alpha": 5.0},
 ])  # fmt: skip
 def test_settings_that_must_still_learn(change: dict[str, Any], stages_of: StagesOf) -> None:
     result = command.run(stages_of(merge=False, **change))["trained"]
     assert result["eval_loss_after"] < result["eval_loss_before"]
-    if "lora" in change:
+    if "target_modules" in change.get("lora", {}):
         assert result["adapted_layers"] == "q_proj x 2, up_proj x 2"
 
 

@@ -61,6 +61,7 @@ def test_a_full_recipe_loads_and_its_resolved_copy_is_the_same(tmp_path: Path) -
         (("data:\n  train: tickets.jsonl\n  max_length: 1024\n", ""), "train needs a data section"),
         (("seed: 3", "max_length: 7"), 'unknown key; did you mean "data.max_length"?'),
         (("lora: {r: 8", "lora: {r: 8, lr: [}"), "not valid YAML"),
+        (("lora: {r: 8", "lora: {r: 8, init_lora_weights: pissa"), "pissa needs unquantized"),
     ],
 )  # fmt: skip
 def test_faults_name_their_line(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
@@ -70,6 +71,17 @@ def test_faults_name_their_line(tmp_path: Path, change: tuple[str, str], expecte
         load_recipe(path)
     assert expected in str(caught.value)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "asked", [["serve.model=adapter"], ["evaluate.variants=[adapter]"],
+              ["train.merge=false", "quantize=null"]],
+)  # fmt: skip
+def test_an_adapter_that_vllm_cannot_load_is_refused(tmp_path: Path, asked: list[str]) -> None:
+    path = write(tmp_path, FULL)
+    load_recipe(path, ["train.lora.use_dora=true"])
+    with pytest.raises(RecipeError, match="vLLM cannot serve a DoRA adapter"):
+        load_recipe(path, ["train.lora.use_dora=true", *asked])
 
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def llama_config(shape: Architecture, tokenizer: Any) -> Any:
     )
 
 
-def add_adapter(model: Any, lora: Lora, base_id: str) -> Any:
+def add_adapter(model: Any, lora: Lora) -> Any:
     """Freeze the model and put a fresh float32 LoRA adapter on it.
 
     Raises ModelError when a target matches no linear layer or PEFT refuses the architecture.
@@ -122,6 +123,8 @@ def add_adapter(model: Any, lora: Lora, base_id: str) -> Any:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights == "zeros" else lora.init_lora_weights,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -132,9 +135,22 @@ def add_adapter(model: Any, lora: Lora, base_id: str) -> Any:
             f"PEFT cannot adapt {type(model).__name__}: {_line(error)}; linear layers there are "
             f"{_counted(linear)}"
         ) from error
-    # A path of this machine means nothing elsewhere; the id is checked by who serves it.
-    config.base_model_name_or_path = base_id
     return _leave_casts_to_autocast(peft_model)
+
+
+def add_noise(model: Any, alpha: float) -> None:
+    """Disturb the input embeddings while training, by at most alpha / sqrt(positions x width).
+
+    NEFTune, arXiv:2310.05914.
+    """
+
+    def disturb(embeddings: nn.Module, _inputs: Any, output_BSD: torch.Tensor) -> Any:
+        if not embeddings.training:
+            return None
+        size = math.sqrt(output_BSD.shape[1] * output_BSD.shape[2])
+        return output_BSD + torch.empty_like(output_BSD).uniform_(-alpha, alpha) / size
+
+    model.get_input_embeddings().register_forward_hook(disturb)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

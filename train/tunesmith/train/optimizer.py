@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from tunesmith.config.schema import Train
 
 
 def make_optimizer(model: nn.Module, train: Train, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights, with weight decay on matrices only.
+    """AdamW over the trainable weights, with weight decay on matrices only, and the learning rate
+    of LoRA+ (arXiv:2402.12354) on an adapter's B matrices.
 
     Raises UserError when the device does not have the one asked for.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = [weight for weight in weights if weight.ndim > 1]
-    others = [weight for weight in weights if weight.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": train.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    weights: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            ratio = train.lora.loraplus_lr_ratio if ".lora_B." in name else 1.0
+            decay = train.weight_decay if weight.ndim > 1 else 0.0
+            weights[train.learning_rate * ratio, decay].append(weight)
+    groups: list[dict[str, Any]] = [
+        {"params": found, "lr": rate, "weight_decay": decay}
+        for (rate, decay), found in weights.items()
+    ]
     options: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),

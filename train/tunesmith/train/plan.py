@@ -5,7 +5,6 @@ Counts are exact: the rows are read and tokenised, and the model is built withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Group, RenderableType
 from tunesmith.config import require
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact, Draft
+from tunesmith.pipeline.run import steps
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
 
@@ -27,8 +27,14 @@ def run(stages: Stages) -> dict[str, Any]:
     """Every artifact of the recipe with its state, and the figures of its training."""
     result: dict[str, Any] = {
         "stages": [
-            {"stage": stage, "what": draft.label, "id": draft.id, "state": _state(stages, draft)}
-            for stage, draft in _drafts(stages)
+            {
+                "stage": step.name,
+                "what": draft.label,
+                "id": draft.id,
+                "state": _state(stages, draft),
+            }
+            for step in steps(stages)
+            for draft in step.makes
         ]
     }
     if stages.recipe.train:
@@ -47,31 +53,6 @@ def show(result: dict[str, Any]) -> RenderableType:
         ]
         parts.append(make_table("training", ("", ""), figures))
     return Group(*parts)
-
-
-def _drafts(stages: Stages) -> Iterator[tuple[str, Draft]]:
-    """The stage and the draft of every artifact, in the order in which `run` makes them."""
-    recipe = stages.recipe
-    if recipe.train and stages.builds_base:
-        yield "train", stages.builtin_base.dataset
-    if recipe.model.base:
-        yield "train", stages.base
-    if recipe.data:
-        yield "data", stages.dataset
-    if recipe.train:
-        yield "train", stages.trained
-        if recipe.train.merge and stages.trained.kind == "adapter":
-            yield "train", stages.tuned
-    for scheme in stages.schemes:
-        yield "quantize", stages.quantized(scheme)
-    if recipe.evaluate:
-        for variant in stages.variants:
-            yield "eval", stages.evaluation(variant)
-    if recipe.batch:
-        yield "batch", stages.batch()
-    if recipe.bench:
-        for mode in ("batch", "serve"):
-            yield "bench", stages.bench(mode)
 
 
 def _state(stages: Stages, draft: Draft) -> str:
@@ -142,7 +123,7 @@ def _language_and_model(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         if recipe.train.method in ("lora", "qlora"):
-            model = add_adapter(model, recipe.train.lora, stages.base.id)
+            model = add_adapter(model, recipe.train.lora)
     return language, model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,29 @@ import torch
 from tunesmith.train.language import Language
 
 
-def save_adapter(peft_model: Any, language: Language, folder: Path) -> None:
-    """The adapter in PEFT's layout, with the tokenizer and chat template it was trained with."""
-    for config in peft_model.peft_config.values():
+def save_adapter(
+    peft_model: Any, language: Language, folder: Path, base_id: str, initial: Path | None = None
+) -> None:
+    """The adapter in PEFT's layout, with the tokenizer and chat template it was trained with.
+
+    `initial` is the adapter as it was before training, where its beginning was taken out of the
+    base: what is saved then is the difference, which belongs on the base as it is.
+    """
+    for settings in peft_model.peft_config.values():
         # PEFT keeps a set, whose order would differ from run to run.
-        if not isinstance(config.target_modules, str):
-            config.target_modules = sorted(config.target_modules)
+        if not isinstance(settings.target_modules, str):
+            settings.target_modules = sorted(settings.target_modules)
     # With "auto", PEFT asks the hub about the base's vocabulary.
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    peft_model.save_pretrained(
+        folder,
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
+    )
     (folder / "README.md").unlink(missing_ok=True)
+    # A path of this machine means nothing elsewhere; the id is checked by who serves it.
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_id}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     language.save(folder)
 
 

@@ -28,6 +28,8 @@ from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.save import save_adapter, save_model
 
+_INITIAL = "initial"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -70,10 +72,12 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
             recipe.seed,
             work.scratch,
         )
+        if recipe.train.lora.changes_base and accelerator.is_main_process:
+            parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
         check_logits(job.model, parts.train.rows[0], accelerator.device)
         progress = Trainer(job, accelerator).run()
         if accelerator.is_main_process:
-            _save(parts, recipe.train, work)
+            _save(parts, recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
     return stages.made(stages.trained)
 
@@ -93,8 +97,9 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
         is_adapter = train.method in ("lora", "qlora")
         model = models.load_base(
             base.root,
-            # Weights that are trained keep their full precision; the matmuls do not need it.
-            dtype if is_adapter else torch.float32,
+            # Weights that are trained, or that an adapter's beginning is taken out of, keep their
+            # full precision; the matmuls do not need it.
+            dtype if is_adapter and not train.lora.changes_base else torch.float32,
             device,
             nf4=train.method == "qlora",
             trust_remote_code=recipe.model.trust_remote_code,
@@ -108,7 +113,9 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if base and train.method in ("lora", "qlora"):
-        model = models.add_adapter(model, train.lora, base.id)
+        model = models.add_adapter(model, train.lora)
+    if train.neftune_noise_alpha:
+        models.add_noise(model, train.neftune_noise_alpha)
     parameters = models.count_parameters(model)
     if accelerator.is_main_process:
         if train.method in ("lora", "qlora"):
@@ -120,10 +127,11 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
     return Parts(language, examples, held_out, model, dtype, parameters)
 
 
-def _save(parts: Parts, train: Train, work: Work) -> None:
+def _save(parts: Parts, train: Train, work: Work, base: Artifact | None) -> None:
     shutil.copy(work.scratch / METRICS_FILE, work.out / METRICS_FILE)
-    if train.method in ("lora", "qlora"):
-        save_adapter(parts.model, parts.language, work.out)
+    if base and train.method in ("lora", "qlora"):
+        initial = work.scratch / _INITIAL if train.lora.changes_base else None
+        save_adapter(parts.model, parts.language, work.out, base.id, initial)
     else:
         save_model(parts.model, parts.language, work.out, parts.dtype)
 

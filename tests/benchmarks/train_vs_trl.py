@@ -1,0 +1,262 @@
+"""Supervised tokens per second and peak memory of LoRA training, against TRL's SFTTrainer.
+
+Both train the same base on the same rows with the same hyper-parameters, in turns, and both
+adapters are judged by the same held-out loss: speed counts only where what was learnt is equal.
+
+    python tests/benchmarks/train_vs_trl.py --rounds 3 --out docs/measured/train-vs-trl-cpu.json
+
+TRL comes into an environment of its own (`--peer` names a python that has it already).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tunesmith.config import load_recipe
+from tunesmith.ledger import describe_environment
+from tunesmith.pipeline import Stages
+from tunesmith.train import model as models
+from tunesmith.train.language import EVALUATION_FILE, read_language
+from tunesmith.train.loss import TokenLoss, collate
+
+CONTENDERS: dict[str, dict[str, Any] | None] = {
+    "tunesmith": None,
+    "trl defaults": {},
+    "trl best": {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"},
+}
+"""Name → what is changed in TRL's defaults."""
+
+LEARNING_RATE, BATCH_SIZE, MAX_LENGTH, SEED = 2e-3, 8, 768, 17
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all contenders share."""
+
+    recipe: Path
+    data: Path
+    """Folder of the data set's rows."""
+    base: Path
+    """Folder of the model."""
+
+
+def main() -> None:
+    """Measure every workload in turns and write the figures."""
+    options = _options()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        peer = options.peer or _peer_environment(folder / "peer")
+        figures = {
+            workload: _measure(folder / workload, workload, options, peer)
+            for workload in ("skewed", "fixed")
+        }
+    text = json.dumps({"machine": _machine(), "workloads": figures}, indent=1)
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1200)
+    parser.add_argument("--base", default="builtin/tiny-llama")
+    parser.add_argument("--peer", type=Path, help="a python that has TRL")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def _measure(folder: Path, workload: str, options: argparse.Namespace, peer: Path) -> Any:
+    """Every contender in every round; medians, and ratios of the pairs of one round."""
+    work = _prepare(folder, workload, options)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for at in range(options.rounds):
+        order = list(CONTENDERS)
+        for name in order if at % 2 == 0 else reversed(order):
+            settings = CONTENDERS[name]
+            run = _tunesmith(work.recipe) if settings is None else _trl(work, peer, settings)
+            run["loss"] = _held_out_loss(work, Path(run.pop("adapter")))
+            runs[name].append(run)
+            print(workload, at, name, {k: round(v, 4) for k, v in run.items()}, file=sys.stderr)
+    ours = runs["tunesmith"]
+    return {
+        name: {key: round(statistics.median(run[key] for run in found), 4) for key in found[0]}
+        | {
+            "times_slower": [
+                round(our["tokens_per_s"] / run["tokens_per_s"], 3)
+                for our, run in zip(ours, found, strict=True)
+            ],
+            "our_memory_share": [
+                round(our["peak_gib"] / run["peak_gib"], 3)
+                for our, run in zip(ours, found, strict=True)
+            ],
+        }
+        for name, found in runs.items()
+    }
+
+
+def _prepare(folder: Path, workload: str, options: argparse.Namespace) -> Workload:
+    """Make the data set and the base."""
+    folder.mkdir()
+    data: dict[str, Any] = {"max_length": MAX_LENGTH}
+    if workload == "skewed":
+        data |= {"train": "builtin/stdlib", "max_rows": options.rows}
+    else:
+        data |= {"train": str(_fixed_rows(folder, options.rows))}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "name": workload,
+                "seed": SEED,
+                "model": {"base": options.base},
+                "data": data,
+                "store": {"folder": str(folder / "store")},
+                "train": {
+                    "method": "lora",
+                    "learning_rate": LEARNING_RATE,
+                    "per_device_train_batch_size": BATCH_SIZE,
+                    "merge": False,
+                },
+            }
+        ),
+        encoding="utf-8",
+    )
+    _tunesmith(recipe)
+    stages = Stages(load_recipe(recipe))
+    return Workload(recipe, stages.made(stages.dataset).root, stages.made(stages.base).root)
+
+
+def _fixed_rows(folder: Path, count: int) -> Path:
+    """Conversations of one length: so many words to read, so many to repeat."""
+    words = [
+        "the",
+        "value",
+        "of",
+        "a",
+        "list",
+        "is",
+        "not",
+        "none",
+        "if",
+        "it",
+        "has",
+        "name",
+        "type",
+        "and",
+        "file",
+    ]
+    dice = random.Random(SEED)
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            told = dice.choices(words, k=200)
+            turns = [("user", told), ("assistant", sorted(told[:40]))]
+            messages = [{"role": role, "content": " ".join(said)} for role, said in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def _tunesmith(recipe: Path) -> dict[str, Any]:
+    for adapter in (recipe.parent / "store" / "artifacts").glob("adapter-*"):
+        shutil.rmtree(adapter)
+    command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe), "--json"]
+    out, peak_gib = _run(command)
+    trained = json.loads(out)["trained"]
+    return {
+        "tokens_per_s": trained["supervised_tokens_seen"] / trained["train_s"],
+        "seconds": trained["train_s"],
+        "peak_gib": peak_gib,
+        "adapter": trained["path"],
+    }
+
+
+def _trl(work: Workload, peer: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    out = work.recipe.parent / "trl"
+    shutil.rmtree(out, ignore_errors=True)
+    job = {
+        "rows": str(work.data / "train.jsonl"),
+        "base": str(work.base),
+        "out": str(out),
+        "max_length": MAX_LENGTH,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        "seed": SEED,
+        "settings": settings,
+    }
+    script = Path(__file__).with_name("peer_trl.py")
+    text, peak_gib = _run([str(peer), str(script), json.dumps(job)])
+    found = json.loads(text.splitlines()[-1])
+    return {
+        "tokens_per_s": found["supervised_tokens"] / found["seconds"],
+        "seconds": found["seconds"],
+        "peak_gib": peak_gib,
+        "adapter": str(out),
+    }
+
+
+def _run(command: list[str]) -> tuple[str, float]:
+    """What a process printed, and the most memory it held, in GiB."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=out, stderr=said, env=os.environ)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{command[:4]} failed:\n{said.read()[-3000:]}")
+        out.seek(0)
+        return out.read(), usage.ru_maxrss / 2**20
+
+
+@torch.no_grad()
+def _held_out_loss(work: Workload, adapter: Path) -> float:
+    """Nats per learnt token of the held-out rows, by one and the same code for all."""
+    recipe = load_recipe(work.recipe)
+    assert recipe.data
+    stages = Stages(recipe)
+    language = read_language(work.base, recipe)
+    rows = language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data).rows
+    base = models.load_base(work.base, torch.bfloat16, torch.device("cpu"))
+    loss = TokenLoss(models.load_adapter(base, adapter), torch.bfloat16).eval()
+    nats = tokens = 0.0
+    for row in rows:
+        batch = collate([row])
+        nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        tokens += len(batch.targets_N)
+    return nats / tokens
+
+
+def _peer_environment(folder: Path) -> Path:
+    """A python with TRL, at this environment's versions of everything that both use."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    ours = {name: version(name) for name in ("torch", "peft", "transformers", "accelerate")}
+    torch_version = ours.pop("torch").partition("+")[0]
+    pip = [folder / "bin" / "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"torch=={torch_version}"], check=True)
+    packages = [f"{name}=={found}" for name, found in ours.items()]
+    subprocess.run([*pip, "trl==1.16.0", *packages], check=True)
+    return folder / "bin" / "python"
+
+
+def _machine() -> dict[str, Any]:
+    found = describe_environment()
+    return {key: found[key] for key in ("cpu", "cpu_count", "versions") if key in found}
+
+
+if __name__ == "__main__":
+    main()
