@@ -25,7 +25,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
     "phi": ("phi", {"num_key_value_heads": 4}),
-    "phi3": ("phi3", {}),
 }
 
 
