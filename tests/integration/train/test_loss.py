@@ -60,6 +60,26 @@ def test_the_loss_is_the_plain_one(family: str, base_of: Callable[[str], Path]) 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_full_logits_never_exist(
+    family: str, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_of(family))
+    loss = TokenLoss(model, torch.float32)
+    batch = collate(make_examples(6))
+    whole = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    theirs = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
+    made: list[int] = []
+    model.lm_head.register_forward_hook(lambda _layer, _inputs, output: made.append(output.numel()))
+    monkeypatch.setattr("tunesmith.train.loss._LARGEST_LOGITS", 10 * 512 + 3)
+    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0.0)
+    ours = torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)
+    for one, other in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert max(made) == 10 * 512 and len(made) == 2 * -(-len(batch.targets_N) // 10)
+
+
 def test_a_model_that_looks_ahead_is_refused() -> None:
     config = CONFIG_MAPPING["bert"](
         vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -13,9 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.config.errors import ModelError
 from tunesmith.train.examples import Example
+
+_LARGEST_LOGITS = 2**26
+"""Elements of one matrix of logits: 256 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -62,50 +66,82 @@ def collate(examples: Sequence[Example]) -> Batch:
 class TokenLoss(nn.Module):
     """A causal language model that answers with a summed loss.
 
-    The model's own forward computes the logits, whatever its head does (bias, scale, soft cap);
-    it is only handed the hidden states of the positions that matter.
+    The decoder runs once; the model's own forward then computes the logits, whatever its head does
+    (bias, scale, soft cap), for the positions that matter and a bounded number of them at a time.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self._dtype = dtype
-        self._positions_N: Tensor | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.get_decoder().register_forward_hook(self._keep_positions)
+        self._given_1ND: Tensor | None = None
+        self._output_type: Any = None
+        # In a tuple: as attributes they would be registered, and their weights listed, twice.
+        self._parts = base, base.get_decoder(), base.get_decoder().forward
+        base.get_decoder().forward = self._decode
 
     def forward(self, input_ids_BS: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
         """Loss in nats, summed over the targets."""
-        logits_NV = self.logits(input_ids_BS, positions_N)
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum")
+        hidden_ND = self._hidden(input_ids_BS, positions_N)
+        rows = max(1, _LARGEST_LOGITS // self._vocabulary)
+        if len(targets_N) <= rows:
+            return self._summed_loss(hidden_ND, targets_N)
+        nats = torch.zeros((), device=hidden_ND.device)
+        for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+            # Logits of one chunk live at a time; the backward pass computes them again.
+            nats = nats + checkpoint(self._summed_loss, hidden_CD, targets_C, use_reentrant=False)
+        return nats
 
     def logits(self, input_ids_BS: Tensor, positions_N: Tensor) -> Tensor:
         """Logits in float32 at the given positions."""
-        self._positions_N = positions_N
-        try:
-            return self._run(input_ids_BS)[0]
-        finally:
-            self._positions_N = None
+        return self._head(self._hidden(input_ids_BS, positions_N))
 
     def all_logits(self, input_ids_BS: Tensor) -> Tensor:
         """Logits in float32 at every position, as the model computes them by itself."""
-        return self._run(input_ids_BS)
-
-    def _run(self, input_ids_BS: Tensor) -> Tensor:
-        device_type = input_ids_BS.device.type
-        with torch.autocast(device_type, self._dtype, enabled=self._dtype != torch.float32):
+        with self._precision(input_ids_BS):
             logits: Tensor = self.model(input_ids=input_ids_BS, use_cache=False).logits
         return logits.float()
 
-    def _keep_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if self._positions_N is None:
-            return None
-        hidden_BSD = output[0]
-        hidden_1ND = hidden_BSD.flatten(0, 1).index_select(0, self._positions_N).unsqueeze(0)
-        if isinstance(output, tuple):
-            return (hidden_1ND, *output[1:])
-        output.last_hidden_state = hidden_1ND
+    def _summed_loss(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return F.cross_entropy(self._head(hidden_ND), targets_N, reduction="sum")
+
+    def _hidden(self, input_ids_BS: Tensor, positions_N: Tensor) -> Tensor:
+        """What the head is given at some positions."""
+        _, decoder, _ = self._parts
+        with self._precision(input_ids_BS):
+            hidden_BSD = decoder(input_ids=input_ids_BS, use_cache=False)[0]
+        hidden_ND: Tensor = hidden_BSD.flatten(0, 1).index_select(0, positions_N)
+        return hidden_ND
+
+    def _head(self, hidden_ND: Tensor) -> Tensor:
+        base, _, _ = self._parts
+        self._given_1ND = hidden_ND.unsqueeze(0)
+        try:
+            with self._precision(hidden_ND):
+                logits: Tensor = base(
+                    input_ids=hidden_ND.new_zeros((1, 1), dtype=torch.long), use_cache=False
+                ).logits
+        finally:
+            self._given_1ND = None
+        return logits[0].float()
+
+    def _decode(self, *arguments: Any, **keywords: Any) -> Any:
+        """The decoder's forward, which is skipped while there is something to hand to the head."""
+        if self._given_1ND is not None:
+            return self._output_type(last_hidden_state=self._given_1ND)
+        _, _, forward = self._parts
+        output = forward(*arguments, **keywords)
+        self._output_type = type(output)
         return output
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._parts[0].get_output_embeddings().weight.shape[0])
+
+    def _precision(self, like: Tensor) -> Any:
+        is_reduced = self._dtype != torch.float32
+        return torch.autocast(like.device.type, self._dtype, enabled=is_reduced)
 
 
 @torch.no_grad()
