@@ -217,6 +217,12 @@ class Train(Section):
     eval_steps: Annotated[float, Field(gt=0.0)] = 0.25
     """Steps between evaluations; a value below 1 is a share of all steps."""
 
+    load_best_model_at_end: bool = False
+    """End with the weights that had the lowest held-out loss, in place of the last ones."""
+
+    early_stopping_patience: Positive | None = None
+    """Evaluations in a row without a lower loss after which training ends; never when null."""
+
     max_eval_rows: Positive = 256
     """Held-out rows used for the evaluation loss during training."""
 

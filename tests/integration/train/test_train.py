@@ -32,6 +32,21 @@ def logits(model: Any, folder: Path) -> torch.Tensor:
         return model.float().eval()(input_ids=torch.tensor([ids])).logits
 
 
+@torch.no_grad()
+def held_out_loss(stages: Stages, trained: dict[str, Any]) -> float:
+    """Of the adapter as PEFT loads it on the untouched base."""
+    base = AutoModelForCausalLM.from_pretrained(stages.made(stages.base).root)
+    model = TokenLoss(PeftModel.from_pretrained(base, trained["path"]), torch.float32).eval()
+    recipe, nats, tokens = stages.recipe, 0.0, 0
+    assert recipe.data
+    language = read_language(Path(trained["path"]), recipe)
+    for row in language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data).rows:
+        batch = collate([row])
+        nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        tokens += len(batch.targets_N)
+    return nats / tokens
+
+
 def test_lora_end_to_end(stages_of: StagesOf, base_of: Callable[[str], Path]) -> None:
     stages = stages_of(max_steps=30)
     result = command.run(stages)
@@ -68,7 +83,7 @@ def test_lora_end_to_end(stages_of: StagesOf, base_of: Callable[[str], Path]) ->
     {"init_lora_weights": "pissa", "use_rslora": True},
 ])  # fmt: skip
 def test_other_adapters_are_saved_as_they_were_trained(
-    lora: dict[str, Any], stages_of: StagesOf, base_of: Callable[[str], Path]
+    lora: dict[str, Any], stages_of: StagesOf
 ) -> None:
     """What PEFT loads on the untouched base has the held-out loss that the training ended with."""
     stages = stages_of(max_steps=20, lora={"r": 4, "lora_alpha": 8} | lora)
@@ -76,18 +91,7 @@ def test_other_adapters_are_saved_as_they_were_trained(
     trained, tuned = result["trained"], result["tuned"]
     assert trained["eval_loss_after"] < 0.8 * trained["eval_loss_before"]
     assert tuned["kl_nats"]["original"] <= 1e-4
-    base = AutoModelForCausalLM.from_pretrained(base_of("llama"))
-    model = TokenLoss(PeftModel.from_pretrained(base, trained["path"]), torch.float32).eval()
-    recipe, nats, tokens = stages.recipe, 0.0, 0
-    assert recipe.data
-    language = read_language(Path(trained["path"]), recipe)
-    held_out = language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data)
-    for row in held_out.rows:
-        batch = collate([row])
-        with torch.no_grad():
-            nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N))
-        tokens += len(batch.targets_N)
-    assert nats / tokens == pytest.approx(trained["eval_loss_after"], rel=1e-4)
+    assert held_out_loss(stages, trained) == pytest.approx(trained["eval_loss_after"], rel=1e-4)
 
 
 def test_the_second_run_reuses_everything(stages_of: StagesOf) -> None:
@@ -179,6 +183,20 @@ def test_settings_that_must_still_learn(change: dict[str, Any], stages_of: Stage
     assert result["eval_loss_after"] < result["eval_loss_before"]
     if "target_modules" in change.get("lora", {}):
         assert result["adapted_layers"] == "q_proj x 2, up_proj x 2"
+
+
+def test_a_training_that_no_longer_helps_ends_with_its_best_weights(stages_of: StagesOf) -> None:
+    """At such a learning rate the loss falls, then rises."""
+    settings = {"learning_rate": 0.2, "max_steps": 40, "eval_steps": 2, "merge": False,
+                "warmup_steps": 4, "lr_scheduler_type": "constant_with_warmup"}  # fmt: skip
+    stages = stages_of(early_stopping_patience=3, load_best_model_at_end=True, **settings)
+    trained = command.run(stages)["trained"]
+    lines = [json.loads(line) for line in (Path(trained["path"]) / "metrics.jsonl").open()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert trained["best_step"] == best > 0 and trained["steps"] == best + 3 * 2 < 40
+    assert trained["eval_loss_after"] == losses[best] < losses[trained["steps"]]
+    assert held_out_loss(stages, trained) == pytest.approx(losses[best], rel=1e-4)
 
 
 def break_weights(folder: Path) -> None:

@@ -3,6 +3,7 @@
 FOLDER/step-00000120/weights.safetensors   trainable weights
                      state.pt              optimizer, schedule, gradient scaler, progress
                      random-0.pt           random number generators, one file per rank
+       best.safetensors                    trainable weights of the lowest held-out loss
 A checkpoint is written beside its place and renamed: one that has its name is whole.
 """
 
@@ -18,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tunesmith.ledger.durable import sync_tree
+from tunesmith.ledger.durable import sync, sync_tree
 
-_WEIGHTS, _STATE = "weights.safetensors", "state.pt"
+_WEIGHTS, _STATE, _BEST = "weights.safetensors", "state.pt", "best.safetensors"
 
 
 class Stateful(Protocol):
@@ -53,6 +54,8 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint, then drop the older ones. Called on every rank."""
         final = self._folder / f"step-{step:08d}"
+        if self.latest() == final:  # a stop was asked for right after it was saved
+            return
         aside = self._folder / "writing"
         is_main = self._accelerator.is_main_process
         if is_main:
@@ -66,8 +69,7 @@ class Checkpoints:
         self._accelerator.wait_for_everyone()
         if is_main:
             sync_tree(aside)
-            older = [path for path in self._folder.glob("step-????????") if path != final]
-            shutil.rmtree(final, ignore_errors=True)
+            older = list(self._folder.glob("step-????????"))
             os.rename(aside, final)
             for path in older:
                 shutil.rmtree(path)
@@ -85,6 +87,21 @@ class Checkpoints:
         _set_random_state(torch.load(checkpoint / self._random_file, weights_only=True))
         progress: dict[str, Any] = state["progress"]
         return progress
+
+    def save_best(self, model: nn.Module) -> None:
+        """Keep these weights as the best ones so far. Called on every rank."""
+        if self._accelerator.is_main_process:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            aside = self._folder / f"writing-{_BEST}"
+            save_file(trainable_weights(model), aside)
+            sync(aside)
+            os.replace(aside, self._folder / _BEST)
+        self._accelerator.wait_for_everyone()
+
+    def load_best(self, model: nn.Module) -> None:
+        """Put the best weights back. Called on every rank."""
+        device = str(self._accelerator.device)
+        load_trainable_weights(model, load_file(self._folder / _BEST, device=device))
 
     @property
     def _random_file(self) -> str:

@@ -69,6 +69,14 @@ class Progress:
     eval_losses: list[float] = field(default_factory=list)
     """Nats per learnt held-out token, from before the first step to after the last."""
 
+    best_step: int = 0
+    """When the lowest of them was measured."""
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many in a row have brought nothing."""
+        return len(self.eval_losses) - 1 - self.eval_losses.index(min(self.eval_losses))
+
 
 class Trainer:
     """One training, from its beginning or its latest checkpoint to its end."""
@@ -119,13 +127,18 @@ class Trainer:
             bar.advance(self.progress.step)
             if not resumed:
                 self._evaluate()
-            while self.progress.step < self.total_steps:
+            while self.progress.step < self.total_steps and not self._has_stalled:
                 gradient_norm = self._step(self._order.rows(self.progress.step))
                 self._report(gradient_norm, bar)
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
                 self._save(stop)
-        return self.progress
+        progress = self.progress
+        if progress.step < self.total_steps and self.accelerator.is_main_process:
+            log(f"stopping early: the lowest held-out loss was at step {progress.best_step}")
+        if self.settings.load_best_model_at_end:
+            self._checkpoints.load_best(self._trained)
+        return progress
 
     def _step(self, rows: Rows) -> torch.Tensor:
         """One optimizer step over the rows of all ranks; returns the norm of the gradient."""
@@ -200,6 +213,10 @@ class Trainer:
             total += self._summed_loss(examples.rows, shares[self._rank])
         loss = self.accelerator.reduce(total).item() / int(examples.supervised()[rows].sum())
         self.progress.eval_losses.append(loss)
+        if self.progress.evaluations_since_best == 0:
+            self.progress.best_step = self.progress.step
+            if self.settings.load_best_model_at_end:
+                self._checkpoints.save_best(self._trained)
         self._write(step=self.progress.step, eval_loss=loss)
         if self.accelerator.is_main_process:
             log(f"step {self.progress.step}/{self.total_steps}: held-out loss {loss:.4f}")
@@ -228,6 +245,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._window_nats.fill_(self.progress.window_nats)
             log(f"resuming after step {self.progress.step} of {self.total_steps}")
+
+    @property
+    def _has_stalled(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
 
     def _any_rank(self, wish: bool) -> bool:
         if self._ranks == 1:

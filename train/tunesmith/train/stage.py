@@ -145,7 +145,10 @@ def _metrics(
         "steps": progress.step,
         "final_loss": progress.final_loss,
         "eval_loss_before": progress.eval_losses[0],
-        "eval_loss_after": progress.eval_losses[-1],
+        "eval_loss_after": (
+            min(progress.eval_losses) if train.load_best_model_at_end else progress.eval_losses[-1]
+        ),
+        "best_step": progress.best_step,
         "train_s": round(progress.train_s, 3),
         "supervised_tokens_seen": progress.supervised_tokens,
         "supervised_tokens_per_s": round(progress.supervised_tokens / progress.train_s, 1),
