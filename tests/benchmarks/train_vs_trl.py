@@ -58,6 +58,7 @@ class Workload:
 def main() -> None:
     """Measure every workload in turns and write the figures."""
     options = _options()
+    models.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         peer = options.peer or _peer_environment(folder / "peer")

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.config.errors import ModelError, require
 from tunesmith.config.schema import Engine
+from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
 # The ranks that vLLM has room for (`vllm.config.lora.MaxLoRARanks`).
@@ -41,15 +42,18 @@ class EngineSpec:
 def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
     """The spec of a variant; of the recipe's last one when None.
 
-    Raises UserError when the recipe has no such variant or it has not been made.
+    Raises UserError when the recipe has no such variant or it has not been made, ModelError when
+    the recipe would talk to it in another chat template than the one it was trained with.
     """
     recipe = stages.recipe
-    _, draft = stages.variant(variant)
+    name, draft = stages.variant(variant)
     made = stages.made(draft)
     adapter = made.root if draft.kind == "adapter" else None
     template = recipe.model.chat_template
     if template is None and adapter and (adapter / _TEMPLATE).is_file():
         template = adapter / _TEMPLATE
+    if recipe.model.chat_template and (name != "base" or not recipe.train):
+        _check_template(stages, made, recipe.model.chat_template)
     return EngineSpec(
         model=stages.made(stages.base).root if adapter else made.root,
         settings=recipe.engine,
@@ -60,6 +64,23 @@ def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
         seed=recipe.seed,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+
+
+def _check_template(stages: Stages, model: Artifact, template: Path) -> None:
+    """The model's own training, or its nearest parent's, decides how it can be talked to."""
+    for artifact in (model, *stages.store.ancestors(model)):
+        trained = artifact.root / _TEMPLATE
+        if "method" not in artifact.manifest.metrics or not trained.is_file():
+            continue
+        data = stages.store.get(artifact.manifest.parents["data"])
+        if data.manifest.section["data"]["format"] == "text":
+            continue  # no template had a part in that training
+        if trained.read_text(encoding="utf-8") != template.read_text(encoding="utf-8"):
+            raise ModelError(
+                f"model.chat_template: {template} is not the template that {artifact.id} was "
+                f"trained with, which is {trained}; leave model.chat_template out to use that one"
+            )
+        return
 
 
 def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
