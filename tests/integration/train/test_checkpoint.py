@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,28 @@ def test_a_half_written_checkpoint_is_none_and_older_ones_go(tmp_path: Path) -> 
     assert checkpoints.latest() == folder / "step-00000009"
     checkpoints.save(10, run.model, run.parts, {"step": 10})
     assert [path.name for path in folder.iterdir()] == ["step-00000010"]
+
+
+def test_of_fifty_kills_while_saving_each_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """The saving process is a fork of this one: fifty starts of torch would take minutes."""
+    dice, run, other = random.Random(0), Run("adamw_torch"), Run("adamw_torch")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+    run.step()
+    reached = 0
+    for _ in range(50):
+        pid = os.fork()
+        if pid == 0:
+            for step in range(reached + 1, 10**8):
+                checkpoints.save(step, run.model, run.parts, {"step": step})
+        time.sleep(dice.uniform(0.005, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if latest := checkpoints.latest():
+            progress = checkpoints.restore(latest, other.model, other.parts)
+            assert progress["step"] == int(latest.name.partition("-")[2]) >= reached
+            reached = progress["step"]
+            assert torch.equal(other.model[1].weight, run.model[1].weight)
+    assert reached > 50
 
 
 def test_weight_decay_is_for_matrices_alone() -> None:
