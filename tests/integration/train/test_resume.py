@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,9 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Recipe, dump_recipe
+import pytest
+import torch
+
+from tunesmith.config import Recipe, WorkInterrupted, dump_recipe
 from tunesmith.ledger import hash_file
 from tunesmith.pipeline import Stages
+from tunesmith.train.batches import Rows
+from tunesmith.train.loop import Trainer
 from tunesmith.train.ranks import join
 from tunesmith.train.stage import train_stage
 
@@ -86,3 +93,34 @@ def test_sigterm_and_kill_change_nothing(recipe_of: Callable[..., Recipe], tmp_p
         whole.manifest.metrics[key] for key in same
     ]
     assert not scratch.exists()
+
+
+def test_twenty_stops_at_random_steps_change_nothing(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 100, "save_steps": 9, "eval_steps": 13, "lora": {"lora_dropout": 0.1},
+        "neftune_noise_alpha": 5.0,
+    }  # fmt: skip
+    whole = train_stage(Stages(recipe_of(store="whole", **settings)), join())
+    steps = set(random.Random(1).sample(range(1, 100), 20))
+    step = Trainer._step
+
+    def step_and_stop(trainer: Trainer, rows: Rows) -> torch.Tensor:
+        norm = step(trainer, rows)
+        if trainer.progress.step in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", step_and_stop)
+    stages, stops = Stages(recipe_of(store="cut", **settings)), 0
+    while not stages.store.find(stages.trained.id):
+        try:
+            train_stage(stages, join())
+        except WorkInterrupted:
+            stops += 1
+    assert stops == 20
+    weights = "adapter_model.safetensors"
+    cut = stages.made(stages.trained)
+    assert hash_file(cut.root / weights) == hash_file(whole.root / weights)
+    assert lines(cut.root / "metrics.jsonl") == lines(whole.root / "metrics.jsonl")
