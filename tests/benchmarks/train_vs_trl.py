@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -66,7 +67,13 @@ def main() -> None:
             workload: _measure(folder / workload, workload, options, peer)
             for workload in ("skewed", "fixed")
         }
-    text = json.dumps({"machine": _machine(), "workloads": figures}, indent=1)
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "machine": _machine(),
+        "workloads": figures,
+    }
+    text = json.dumps(report, indent=1)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -252,6 +259,12 @@ def _peer_environment(folder: Path) -> Path:
     packages = [f"{name}=={found}" for name, found in ours.items()]
     subprocess.run([*pip, "trl==1.16.0", *packages], check=True)
     return folder / "bin" / "python"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
+    return found.stdout.decode().strip()
 
 
 def _machine() -> dict[str, Any]:

@@ -52,6 +52,7 @@ def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
     template = recipe.model.chat_template
     if template is None and adapter and (adapter / _TEMPLATE).is_file():
         template = adapter / _TEMPLATE
+    # A base that is being trained may be taught another template than the one it knows.
     if recipe.model.chat_template and (name != "base" or not recipe.train):
         _check_template(stages, made, recipe.model.chat_template)
     return EngineSpec(

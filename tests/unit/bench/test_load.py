@@ -25,7 +25,7 @@ def measure(metered, upstream, bench, phase="arrivals"):
     return asyncio.run(load())
 
 
-def within_5_percent(measured_ms, true_s):
+def assert_within_5_percent(measured_ms, true_s):
     for percent in (50, 95, 99):
         true_ms = 1000 * float(np.percentile(true_s, percent))
         assert measured_ms[f"p{percent}"].value == pytest.approx(true_ms, rel=0.05), percent
@@ -36,9 +36,9 @@ def test_constant_latency(metered, upstream):
     phase = measure(metered, upstream(ttft_s=0.25, tpot_s=0.04), bench)
     assert phase.faults == []
     found = latencies_ms(phase.evidence.samples, seed=0)
-    within_5_percent(found["ttft_ms"], [0.25])
-    within_5_percent(found["tpot_ms"], [0.04])
-    within_5_percent(found["e2e_ms"], [0.25 + 7 * 0.04])
+    assert_within_5_percent(found["ttft_ms"], [0.25])
+    assert_within_5_percent(found["tpot_ms"], [0.04])
+    assert_within_5_percent(found["e2e_ms"], [0.25 + 7 * 0.04])
 
 
 def test_a_queue_before_one_server(metered, upstream):
@@ -50,7 +50,7 @@ def test_a_queue_before_one_server(metered, upstream):
         true_s.append(free_s - arrival_s)
     bench = Bench(requests=count, request_rate=rate, max_tokens=1)
     phase = measure(metered, upstream(ttft_s=service_s, one_at_a_time=True), bench)
-    within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
+    assert_within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
 
 
 def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
@@ -61,7 +61,7 @@ def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
     ]
     bench = Bench(requests=count, request_rate=rate, max_tokens=1)
     phase = measure(metered, upstream(ttft_s=ttft_s, stall=stall), bench)
-    within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
+    assert_within_5_percent(latencies_ms(phase.evidence.samples, seed=0)["ttft_ms"], true_s)
 
 
 def test_tokens_in_bursts(metered, upstream):
@@ -70,8 +70,8 @@ def test_tokens_in_bursts(metered, upstream):
     assert phase.faults == []
     assert phase.evidence.samples[0].piece_tokens == (4, 4, 4)
     found = latencies_ms(phase.evidence.samples, seed=0)
-    within_5_percent(found["tpot_ms"], [0.02])
-    within_5_percent(found["ttft_ms"], [0.2 + 3 * 0.02])
+    assert_within_5_percent(found["tpot_ms"], [0.02])
+    assert_within_5_percent(found["ttft_ms"], [0.2 + 3 * 0.02])
 
 
 def test_concurrency_is_kept_and_warm_up_is_apart(metered, upstream):
