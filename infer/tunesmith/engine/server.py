@@ -24,6 +24,7 @@ from tunesmith.engine.spec import EngineSpec, engine_arguments
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
 _STOP_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 10.0
 
 
 class EngineServer:
@@ -112,7 +113,7 @@ class EngineServer:
         self.kill()
 
     def kill(self) -> None:
-        """End every process of the group now."""
+        """End every process of the group now, and wait until their memory is free again."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -122,6 +123,10 @@ class EngineServer:
         process.wait()
         assert process.stdin
         process.stdin.close()
+        # The others are init's to collect: SIGKILL is sent, but they may still be ending.
+        deadline_s = time.monotonic() + _END_TIMEOUT_S
+        while _has_living_members(process.pid) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
 
     def _wait_ready(self, started_s: float) -> None:
         timeout_s = self.spec.settings.start_timeout_s
@@ -171,6 +176,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def _has_living_members(group: int) -> bool:
+    """Whether a process of the group still runs; a zombie holds no memory and no port."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group, *_ = entry.read_text().rpartition(")")[2].split()
+            if int(process_group) == group and state != "Z":
+                return True
+    return False
 
 
 def _is_healthy(url: str) -> bool:

@@ -111,7 +111,7 @@ COLUMNS = st.sampled_from(["id", "prompt", "messages", "max_tokens", "temperatur
 LINES = st.binary() | st.dictionaries(COLUMNS, JSON).map(lambda row: json.dumps(row).encode())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(LINES, max_size=6))
 def test_any_bytes_give_one_row_for_each_line(tmp_path: Path, lines: list[bytes]) -> None:
     content = b"".join(line + b"\n" for line in lines)

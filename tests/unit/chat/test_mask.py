@@ -17,8 +17,10 @@ from tunesmith.config.errors import DataError, ModelError
 
 FAMILIES = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text(encoding="utf-8"))
 
-words = st.text(min_size=1, max_size=40).filter(lambda text: text.strip() != "")
-"""Any text at all, line breaks, controls and other scripts included."""
+words = st.text(min_size=1, max_size=40).filter(
+    lambda text: text.strip() and "</think>" not in text
+)
+"""Any text at all, line breaks, controls and other scripts included; reasoning has its own test."""
 
 
 @st.composite
@@ -49,7 +51,7 @@ def expected(family: dict[str, Any], text: str) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "always_reasoning"])
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=conversations())
 def test_learns_the_answers_and_their_ends_exactly(
     name: str, messages: list[dict[str, str]], family_chat: Any
@@ -110,9 +112,17 @@ def test_learns_only_the_turns_asked_for(family_chat: Any) -> None:
     assert learnt(chat, chat.supervise(second, turns=[3])) == ["Again.<|im_end|>"]
 
 
-def test_learns_reasoning_where_the_template_writes_it(family_chat: Any) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HELLO[1] | {"reasoning": "They greet me."},
+        HELLO[1] | {"content": "<think>\nThey greet me.\n</think>\n\nSure, here."},
+    ],
+)
+def test_learns_reasoning_where_the_template_writes_it(
+    answer: dict[str, str], family_chat: Any
+) -> None:
     chat = family_chat("qwen3")
-    answer = HELLO[1] | {"reasoning": "They greet me."}
     (text,) = learnt(chat, chat.supervise([HELLO[0], answer]))
     assert text == "<think>\nThey greet me.\n</think>\n\nSure, here.<|im_end|>"
 
