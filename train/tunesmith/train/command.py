@@ -12,6 +12,7 @@ from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
+from tunesmith.train.allocator import give_back_freed_tensors
 
 
 def run(stages: Stages) -> dict[str, Any]:
@@ -19,6 +20,7 @@ def run(stages: Stages) -> dict[str, Any]:
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
+    give_back_freed_tensors()
     for module in ("torch", "transformers"):
         require(module, "train")
     from tunesmith.train.model import quiet_libraries
@@ -54,6 +56,9 @@ def show(result: dict[str, Any]) -> RenderableType:
         ("supervised tokens per second", f"{trained['supervised_tokens_per_s']:,.0f}"),
         ("seconds", f"{trained['train_s']:,.1f}"),
     ]
+    if predicted := trained.get("predicted_memory_gib"):
+        measured = trained["peak_memory_gib"]
+        rows.append(("peak memory, predicted", f"{measured:.2f} GiB, {predicted:.2f}"))
     if tuned:
         kl = tuned["kl_nats"][tuned["merged_into"]]
         rows.append((f"KL of merging into {tuned['merged_into']}", f"{kl:.2e}"))

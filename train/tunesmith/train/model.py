@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tunesmith.config.errors import ModelError
-from tunesmith.config.schema import Architecture, Dtype, Lora
+from tunesmith.config.schema import Architecture, Dtype, Lora, Recipe
 
 ALL_LINEAR = "all-linear"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -107,6 +107,24 @@ def llama_config(shape: Architecture, tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def read_config(recipe: Recipe, tokenizer: Any, base: Path | None) -> Any:
+    """The configuration of the base in a folder, or of the model that will be new.
+
+    Raises ModelError when transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    if base is None:
+        assert recipe.train and recipe.train.architecture
+        return llama_config(recipe.train.architecture, tokenizer)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=recipe.model.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"{base}: transformers cannot load it as a causal language model: {_line(error)}"
+        ) from error
 
 
 def add_adapter(model: Any, lora: Lora) -> Any:
@@ -234,6 +252,14 @@ def _targets(wanted: str | Sequence[str], linear: Sequence[str]) -> str | list[s
 def _counted(names: Sequence[str]) -> str:
     counts = Counter(name.rpartition(".")[2] for name in names)
     return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
+
+
+def pack_empty(model: Any, dtype: torch.dtype) -> None:
+    """Put 4-bit layers where loading with `nf4` would, in a model on the meta device."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    AutoHfQuantizer.from_config(_nf4_config(dtype)).preprocess_model(model=model)
+    _keep_unpacked(model)
 
 
 def _nf4_config(dtype: torch.dtype) -> Any:

@@ -15,7 +15,9 @@ from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 from tunesmith.train import model as models
+from tunesmith.train.devices import find_device, in_gib, measured_peak_bytes
 from tunesmith.train.examples import Examples
+from tunesmith.train.forecast import Forecast, Forecaster
 from tunesmith.train.language import (
     EVALUATION_FILE,
     TRAIN_FILE,
@@ -41,6 +43,7 @@ class Parts:
     model: Any
     dtype: torch.dtype
     parameters: models.Parameters
+    forecast: Forecast | None
 
 
 def make_base(stages: Stages, accelerator: Any) -> Artifact:
@@ -62,6 +65,8 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
     with write_together(stages, stages.trained) as work:
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         parts = _prepare(recipe, dataset, base, accelerator)
         job = Job(
             TokenLoss(parts.model, parts.dtype),
@@ -79,6 +84,7 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
         if accelerator.is_main_process:
             _save(parts, recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
+        work.metrics["peak_memory_gib"] = in_gib(measured_peak_bytes(accelerator.device))
     return stages.made(stages.trained)
 
 
@@ -89,6 +95,7 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
     held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data)
+    forecast = _forecast(recipe, language, base, examples, held_out, accelerator)
     torch.manual_seed(recipe.seed)
     if base is None:
         assert train.architecture
@@ -124,7 +131,26 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
             f"training {parameters.trainable:,} of {parameters.total:,} weights "
             f"({parameters.share:.2%}) on {len(examples.rows):,} sequences"
         )
-    return Parts(language, examples, held_out, model, dtype, parameters)
+    return Parts(language, examples, held_out, model, dtype, parameters, forecast)
+
+
+def _forecast(
+    recipe: Recipe,
+    language: Language,
+    base: Artifact | None,
+    examples: Examples,
+    held_out: Examples,
+    accelerator: Any,
+) -> Forecast | None:
+    """Peak memory of what is about to run. Raises GateError when this machine has less."""
+    config = models.read_config(recipe, language.tokenizer, base.root if base else None)
+    forecaster = Forecaster(
+        recipe, config, examples, held_out, find_device(), accelerator.num_processes
+    )
+    forecast = forecaster.forecast()
+    if forecast:
+        forecaster.refuse_what_cannot_fit(forecast)
+    return forecast
 
 
 def _save(parts: Parts, train: Train, work: Work, base: Artifact | None) -> None:
@@ -162,6 +188,9 @@ def _metrics(
         "total_parameters": parts.parameters.total,
         "template_sha256": parts.language.template_sha256,
     }
+    if parts.forecast:
+        metrics["predicted_memory_gib"] = in_gib(parts.forecast.peak_bytes)
+        metrics["predicted_parts_gib"] = parts.forecast.in_gib()
     if base:
         metrics["base"] = base.id
     if train.method in ("lora", "qlora"):

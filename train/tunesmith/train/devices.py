@@ -1,0 +1,121 @@
+"""The devices a training can be planned for: this machine and known GPUs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunesmith.config.errors import UserError
+
+THIS_MACHINE = "this"
+_CEILING_SHARE = 0.8
+"""Of the peak that large matrix products reach: 790 of 989 TFLOP/s, measured on an H200."""
+
+_GPUS = {
+    "a10": (23028, 125),
+    "l4": (23034, 121),
+    "a100-40": (40960, 312),
+    "a100-80": (81920, 312),
+    "l40s": (46068, 362),
+    "h100": (81559, 989),
+    "h200": (143771, 989),
+    "b200": (183359, 2250),
+}
+"""Name → MiB as nvidia-smi reports them, dense bfloat16 TFLOP/s of the data sheet."""
+
+_CUDA_RUNTIME_BYTES = 2**30
+"""CUDA context, cuBLAS workspaces and what the caching allocator cannot use. Not measured."""
+
+_CPU_WARMUP_BYTES = 48 * 2**20
+"""What kernels add to a process when they first run: their code and their scratch memory."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a training runs."""
+
+    name: str
+    type: str
+    """`cpu` or `cuda`."""
+    memory_bytes: int
+    """What a training can have, its libraries included."""
+    runtime_bytes: int
+    """What the libraries take of it."""
+    matmul_tflops: float | None
+    """What large matrix products reach; None on a CPU, where it is measured when asked for."""
+
+    def measured_tflops(self, dtype: torch.dtype) -> float:
+        """Speed of a matrix product; on a CPU timed here, in about a second."""
+        if self.matmul_tflops is not None:
+            return self.matmul_tflops
+        size = 1024
+        left = torch.ones((size, size), dtype=dtype)
+        best_s = float("inf")
+        for _ in range(4):
+            started = time.perf_counter()
+            torch.mm(left, left)
+            best_s = min(best_s, time.perf_counter() - started)
+        return 2 * size**3 / best_s / 1e12
+
+
+def find_device(name: str = THIS_MACHINE) -> Device:
+    """A known GPU by name, or what this process would train on.
+
+    Raises UserError on another name.
+    """
+    if name in _GPUS:
+        mib, peak = _GPUS[name]
+        return Device(name, "cuda", mib * 2**20, _CUDA_RUNTIME_BYTES, peak * _CEILING_SHARE)
+    if name != THIS_MACHINE:
+        raise UserError(f"no such device: {name}; there is {', '.join([THIS_MACHINE, *_GPUS])}")
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        known = [gpu for gpu in _GPUS if gpu.split("-")[0] in torch.cuda.get_device_name().lower()]
+        tflops = _GPUS[known[0]][1] * _CEILING_SHARE if known else 100.0
+        return Device(torch.cuda.get_device_name(), "cuda", free, _CUDA_RUNTIME_BYTES, tflops)
+    held = _resident_bytes()
+    return Device("this machine", "cpu", _available_bytes() + held, held + _CPU_WARMUP_BYTES, None)
+
+
+def larger_devices(needed_bytes: int) -> list[str]:
+    """Known GPUs with so much memory, the smallest first."""
+    return sorted(
+        (name for name, (mib, _) in _GPUS.items() if mib * 2**20 >= needed_bytes),
+        key=lambda name: _GPUS[name],
+    )
+
+
+def measured_peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far; on a CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_gib(size: int) -> float:
+    """Bytes as GiB."""
+    return round(size / 2**30, 4)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _available_bytes() -> int:
+    """Without swapping, within the limits of the control group."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    available = int(found["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))

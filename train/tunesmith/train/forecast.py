@@ -1,0 +1,240 @@
+"""Whether a training fits its device, and the nearest change with which it would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.config.errors import GateError, ModelError
+from tunesmith.config.schema import Recipe, Train
+from tunesmith.terminal import log
+from tunesmith.train import model as models
+from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, passes
+from tunesmith.train.devices import Device, in_gib, larger_devices
+from tunesmith.train.examples import Examples
+from tunesmith.train.memory import Parts, Pass, Workload, simulate
+
+_SHORTEST_TOKENS = 64
+_NOT_SIMULATED = (
+    ModelError,
+    RuntimeError,
+    NotImplementedError,
+    AttributeError,
+    ValueError,
+    TypeError,
+)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Peak memory of a training on one device."""
+
+    device: Device
+
+    parts: Parts
+    """Part → bytes at the peak."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has so much."""
+        return self.peak_bytes <= self.device.memory_bytes
+
+    def in_gib(self) -> dict[str, float]:
+        """Part → GiB."""
+        return {part: in_gib(size) for part, size in self.parts.items()}
+
+
+class Forecaster:
+    """Forecasts for one base and its data, under the recipe's settings or changed ones."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: Any,
+        examples: Examples,
+        held_out: Examples,
+        device: Device,
+        ranks: int = 1,
+    ) -> None:
+        assert recipe.train
+        self._recipe, self._config, self._device, self._ranks = recipe, config, device, ranks
+        self._train, self._examples, self._held_out = recipe.train, examples, held_out
+
+    def forecast(
+        self, train: Train | None = None, max_length: int | None = None
+    ) -> Forecast | None:
+        """Peak memory; `max_length` cuts the sequences, in tokens.
+
+        None, with the reason in the log, where a model's code looks at the values of its tensors
+        or an adapter cannot be put on it; training says more about the latter.
+        """
+        train = train or self._train
+        dtype = getattr(torch, self._recipe.model.dtype)
+        work = self._workload(train, max_length)
+        try:
+            model = empty_model(self._recipe.model_copy(update={"train": train}), self._config)
+            parts = simulate(model, train, dtype, work)
+        except _NOT_SIMULATED as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            log(f"the peak memory is not predicted: {reason}")
+            return None
+        beside = self._file_bytes(train) if self._device.type == "cpu" else 0
+        if parts["weights"] + beside > sum(parts.values()):
+            parts = {"weights": parts["weights"], "files": beside}
+        found = {part: size for part, size in parts.items() if size}
+        return Forecast(self._device, found | {"runtime": self._device.runtime_bytes})
+
+    def refuse_what_cannot_fit(self, forecast: Forecast) -> None:
+        """Raise GateError with the nearest change that would fit, when this does not."""
+        if forecast.fits:
+            return
+        parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in forecast.parts.items())
+        message = (
+            f"the training does not fit: it needs {forecast.peak_bytes / 2**30:.2f} GiB ({parts}), "
+            f"and {self._device.name} has {self._device.memory_bytes / 2**30:.2f} GiB"
+        )
+        raise GateError(f"{message}; {self._advice(forecast)}")
+
+    def _advice(self, forecast: Forecast) -> str:
+        for changes, train, max_length in self._changes():
+            changed = self.forecast(train, max_length)
+            if changed and changed.fits:
+                settings = " ".join(f"{key}={value}" for key, value in changes.items())
+                return f"this would take {changed.peak_bytes / 2**30:.2f} GiB: {settings}"
+        larger = larger_devices(forecast.peak_bytes)
+        return f"it would fit: {', '.join(larger)}" if larger else "no single known GPU has so much"
+
+    def _changes(self) -> Iterator[tuple[dict[str, Any], Train, int | None]]:
+        """From those that leave the result as it is to those that change more and more."""
+        train, length = self._train, int(self._examples.lengths().max())
+        settings: dict[str, Any] = {}
+        steps: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+        if train.optim.startswith("adamw_torch"):
+            steps.append({"optim": "adamw_8bit"})
+        if train.method == "lora" and not train.lora.changes_base:
+            steps.append({"method": "qlora"})
+        for step in steps:
+            settings |= {key: value for key, value in step.items() if getattr(train, key) != value}
+            for split in _splits(train):
+                yield _named(settings | split), train.model_copy(update=settings | split), None
+        smallest = settings | {**settings, **list(_splits(train))[-1]}
+        while (length := length // 2) >= _SHORTEST_TOKENS:
+            named = _named(smallest) | {"data.max_length": length}
+            yield named, train.model_copy(update=smallest), length
+
+    def _workload(self, train: Train, max_length: int | None) -> Workload:
+        limit = max_length or int(self._examples.lengths().max())
+        lengths, learnt = self._sizes(self._examples, limit)
+        rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        order = Order(self._examples.lengths(), rows_per_step * self._ranks, self._recipe.seed)
+        steps = count_steps(train.num_train_epochs, train.max_steps, order.steps_per_epoch)
+        found = (
+            share
+            for step in range(steps)
+            for shares in passes(
+                order.rows(step),
+                self._examples.lengths(),
+                train.per_device_train_batch_size,
+                self._ranks,
+            )
+            for share in shares
+            if len(share)
+        )
+        held_lengths, held_learnt = self._sizes(self._held_out, limit)
+        chosen = choose_rows(len(held_lengths), train.max_eval_rows, self._recipe.seed)
+        groups = passes(chosen, held_lengths, train.per_device_eval_batch_size, self._ranks)
+        return Workload(
+            _largest(found, lengths, learnt),
+            _largest((share for group in groups for share in group), held_lengths, held_learnt),
+            Pass(1, int(lengths[0]) - 1, int(learnt[0])),
+            train.gradient_accumulation_steps > 1,
+        )
+
+    def _sizes(self, examples: Examples, limit: int) -> tuple[Rows, Rows]:
+        return (
+            np.minimum(examples.lengths(), limit),
+            np.minimum(examples.supervised(), limit - 1),
+        )
+
+    def _file_bytes(self, train: Train) -> int:
+        """What of the base's files is in memory beside the weights that are made of them."""
+        if train.method == "pretrain":
+            return 0
+        dense = self._recipe.model_copy(
+            update={"train": train.model_copy(update={"method": "lora"})}
+        )
+        weights = [
+            one for one in empty_model(dense, self._config).parameters() if not one.requires_grad
+        ]
+        stored = getattr(self._config, "dtype", None) or torch.float32
+        if train.method == "lora" and weights[0].dtype == stored:
+            return 0
+        return sum(weight.numel() for weight in weights) * int(stored.itemsize)
+
+
+def empty_model(recipe: Recipe, config: Any) -> Any:
+    """The model as it is trained, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    assert recipe.train
+    train, dtype = recipe.train, getattr(torch, recipe.model.dtype)
+    is_adapter = train.method in ("lora", "qlora")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype if is_adapter and not train.lora.changes_base else torch.float32,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        if train.method == "qlora":
+            models.pack_empty(model, dtype)
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if is_adapter:
+            # Where it starts makes no difference, and a decomposition would need the weights.
+            model = models.add_adapter(
+                model, train.lora.model_copy(update={"init_lora_weights": "zeros"})
+            )
+    if train.neftune_noise_alpha:
+        models.add_noise(model, train.neftune_noise_alpha)
+    return model
+
+
+def _splits(train: Train) -> Iterator[dict[str, int]]:
+    """The same rows per step in smaller and smaller passes."""
+    rows, count = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    evaluation = train.per_device_eval_batch_size
+    yield {}
+    while rows % 2 == 0:
+        rows, count = rows // 2, count * 2
+        yield {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": count,
+            "per_device_eval_batch_size": min(evaluation, rows),
+        }
+
+
+def _named(settings: dict[str, Any]) -> dict[str, Any]:
+    return {f"train.{key}": str(value).lower() for key, value in settings.items()}
+
+
+def _largest(groups: Iterator[Any], lengths: Rows, learnt: Rows) -> tuple[Pass, ...]:
+    """The pass with the most tokens and the one with the most learnt tokens, often the same."""
+    sizes = {
+        Pass(len(rows), int(lengths[rows].max()) - 1, int(learnt[rows].sum()))
+        for rows in groups
+        if len(rows)
+    }
+    orders: list[Callable[[Pass], Any]] = [
+        lambda one: (one.rows * one.width, one.targets),
+        lambda one: (one.targets, one.rows * one.width),
+    ]
+    return tuple({max(sizes, key=order): None for order in orders})
