@@ -1,0 +1,193 @@
+"""Predicted against measured peak memory of trainings on a CPU, each in a process of its own.
+
+python tests/benchmarks/memory_plan.py --out docs/measured/memory-plan-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tunesmith.ledger import describe_environment
+from tunesmith.train.tokenizer import learn_tokenizer
+
+MOST_OVER, MOST_UNDER = 0.10, 0.03
+
+SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+DEEP = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"shape": SMALL, "vocabulary": 8192, "rows": 16},
+    "lora float32": {"shape": SMALL, "vocabulary": 8192, "dtype": "float32"},
+    "lora checkpointing": {
+        "shape": DEEP, "vocabulary": 32000, "train": {"gradient_checkpointing": True}, "rows": 16,
+    },
+    "lora deep": {"shape": DEEP, "vocabulary": 4096},
+    "lora large vocabulary": {"shape": SMALL, "vocabulary": 128000, "rows": 4},
+    "lora large": {"shape": LARGE, "vocabulary": 16000, "rows": 2, "tokens": 256},
+    "dora dropout": {
+        "shape": SMALL, "vocabulary": 8192,
+        "train": {"lora": {"use_dora": True, "lora_dropout": 0.1}},
+    },
+    "lora accumulation": {
+        "shape": WIDE, "vocabulary": 16000, "rows": 4,
+        "train": {"gradient_accumulation_steps": 2, "lora": {"r": 64}},
+    },
+    "qlora": {"shape": WIDE, "vocabulary": 16000, "rows": 4, "train": {"method": "qlora"}},
+    "qlora checkpointing": {
+        "shape": LARGE, "vocabulary": 32000, "rows": 2, "tokens": 256,
+        "train": {"method": "qlora", "gradient_checkpointing": True},
+    },
+    "full": {"shape": WIDE, "vocabulary": 16000, "rows": 4, "train": {"method": "full"}},
+    "full 8-bit": {
+        "shape": WIDE, "vocabulary": 32000, "rows": 4, "tokens": 256,
+        "train": {"method": "full", "optim": "adamw_8bit"},
+    },
+    "full float32 checkpointing": {
+        "shape": DEEP, "vocabulary": 32000, "rows": 16, "dtype": "float32",
+        "train": {"method": "full", "gradient_checkpointing": True, "optim": "adamw_torch"},
+    },
+    "pretrain": {
+        "shape": SMALL, "vocabulary": 8192, "rows": 16, "tokens": 256,
+        "train": {"method": "pretrain"},
+    },
+    "lora qwen3": {
+        "shape": SMALL | {"head_dim": 64}, "vocabulary": 32000, "family": "qwen3",
+    },
+    "lora gemma3": {
+        "shape": SMALL | {"head_dim": 64}, "vocabulary": 32000, "family": "gemma3_text",
+    },
+}  # fmt: skip
+"""Name → what differs from: a Llama in bfloat16, LoRA, 8 rows of 512 tokens a pass."""
+
+
+def main() -> None:
+    """Train every case and write the figures; exit code 3 when one is out of bounds."""
+    options = _options()
+    figures = {}
+    for name in options.only or CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures[name] = measure(Path(scratch), CASES[name])
+        print(name, figures[name], file=sys.stderr, flush=True)
+    errors = [found["error"] for found in figures.values()]
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "machine": _machine(),
+        "error": "predicted / measured - 1",
+        "largest_over": max(errors),
+        "largest_under": min(errors),
+        "cases": figures,
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    sys.exit(3 if max(errors) > MOST_OVER or min(errors) < -MOST_UNDER else 0)
+
+
+def measure(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """One training through the real command, and what it recorded."""
+    recipe = prepare(folder, case)
+    command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
+    trained = json.loads(done.stdout)["trained"]
+    predicted, measured = trained["predicted_memory_gib"], trained["peak_memory_gib"]
+    return {
+        "predicted_gib": predicted,
+        "measured_gib": measured,
+        "error": round(predicted / measured - 1, 4),
+        "parts_gib": trained["predicted_parts_gib"],
+        "case": case,
+    }
+
+
+def prepare(folder: Path, case: dict[str, Any]) -> Path:
+    """Rows of random words, a base with random weights, and the recipe of a case."""
+    tokens, dtype = case.get("tokens", 512), case.get("dtype", "bfloat16")
+    dice = random.Random(17)
+    words = ["".join(dice.choices("abcdefghij", k=dice.randint(2, 6))) for _ in range(300)]
+    texts = [" ".join(dice.choices(words, k=2 * tokens)) for _ in range(120)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    rows = case.get("rows", 8)
+    train = {
+        "method": "lora",
+        "max_steps": 2,
+        "merge": False,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "max_eval_rows": rows,
+        **case.get("train", {}),
+    }
+    model: dict[str, Any] = {"dtype": dtype}
+    shape = case["shape"] | {
+        "vocab_size": case["vocabulary"],
+        "num_attention_heads": case["shape"]["hidden_size"] // 64,
+        "num_key_value_heads": case["shape"]["hidden_size"] // 128,
+        "max_position_embeddings": 2048,
+    }
+    if train["method"] == "pretrain":
+        train["architecture"] = shape
+    else:
+        model["base"] = str(folder / "base")
+        _make_base(
+            folder / "base", case.get("family", "llama"), shape, getattr(torch, dtype), texts
+        )
+    recipe = {
+        "name": "memory",
+        "store": {"folder": str(folder / "store")},
+        "model": model,
+        "data": {"train": str(folder / "rows.jsonl"), "format": "text", "max_length": tokens},
+        "train": train,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def _make_base(
+    folder: Path, family: str, shape: dict[str, Any], dtype: torch.dtype, texts: list[str]
+) -> None:
+    tokenizer = learn_tokenizer(texts, 1000, 2048)
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = CONFIG_MAPPING[family](**shape, **special, bos_token_id=None)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="some of the cases")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
+    return found.stdout.decode().strip()
+
+
+def _machine() -> dict[str, Any]:
+    found = describe_environment()
+    return {key: found[key] for key in ("cpu", "cpu_count", "memory_gib", "versions")}
+
+
+if __name__ == "__main__":
+    main()
