@@ -66,9 +66,18 @@ def schema() -> None:
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what would run: each stage's artifact, made or not; steps, tokens, parameters."""
-    _execute("plan", recipe, overrides, as_json)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    device: Annotated[
+        str, typer.Option(help="A known GPU, such as h100, in place of this machine.")
+    ] = "this",
+    as_json: AsJson = False,
+) -> None:
+    """Say what would run: each stage's artifact, made or not; steps, tokens, memory, hours, USD.
+
+    Ends with exit code 3 when the training would not fit the device."""
+    _execute("plan", recipe, overrides, as_json, device=device)
 
 
 @app.command()

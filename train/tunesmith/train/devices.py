@@ -49,12 +49,12 @@ class Device:
     matmul_tflops: float | None
     """What large matrix products reach; None on a CPU, where it is measured when asked for."""
 
-    def measured_tflops(self, dtype: torch.dtype) -> float:
+    def measured_tflops(self, dtype: str) -> float:
         """Speed of a matrix product; on a CPU timed here, in about a second."""
         if self.matmul_tflops is not None:
             return self.matmul_tflops
         size = 1024
-        left = torch.ones((size, size), dtype=dtype)
+        left = torch.ones((size, size), dtype=getattr(torch, dtype))
         best_s = float("inf")
         for _ in range(4):
             started = time.perf_counter()

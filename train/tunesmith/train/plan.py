@@ -1,6 +1,8 @@
-"""`tunesmith plan`: what each section would make or reuse, and the size of the training.
+"""`tunesmith plan`: what each section would make or reuse, and what the training would take.
 
 Counts are exact: the rows are read and tokenised, and the model is built without its weights.
+Memory is that of the training's own code, run without contents; hours rest on an assumed share of
+the speed of matrix products.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline.run import steps
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
+from tunesmith.train.allocator import give_back_freed_tensors
 
+THIS_MACHINE = "this"
 _COUNTED_CHARACTERS = 50_000_000
 """Larger data sets are not tokenised for a plan; it would take minutes."""
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
-def run(stages: Stages) -> dict[str, Any]:
-    """Every artifact of the recipe with its state, and the figures of its training."""
+def run(stages: Stages, device: str = THIS_MACHINE) -> dict[str, Any]:
+    """Every artifact of the recipe with its state, and the figures of its training.
+
+    Raises GateError when the training does not fit the device.
+    """
     result: dict[str, Any] = {
         "stages": [
             {
@@ -38,12 +45,12 @@ def run(stages: Stages) -> dict[str, Any]:
         ]
     }
     if stages.recipe.train:
-        result["training"] = _training(stages)
+        result |= _training(stages, device)
     return result
 
 
 def show(result: dict[str, Any]) -> RenderableType:
-    """The stages in order, then the training."""
+    """The stages in order, then the training, its memory, time and price."""
     rows = [[part["stage"], part["what"], part["id"], part["state"]] for part in result["stages"]]
     parts: list[RenderableType] = [make_table("stages", ("stage", "what", "id", "state"), rows)]
     if training := result.get("training"):
@@ -52,6 +59,20 @@ def show(result: dict[str, Any]) -> RenderableType:
             for name, value in training.items()
         ]
         parts.append(make_table("training", ("", ""), figures))
+    if memory := result.get("memory"):
+        figures = [(part, f"{size:.3f}") for part, size in memory["parts_gib"].items()]
+        figures += [(name, f"{memory[f'{name}_gib']:.3f}") for name in ("peak", "available")]
+        parts.append(make_table(f"memory on {memory['device']}", ("part", "GiB"), figures))
+    if time := result.get("time"):
+        figures = [
+            ("useful TFLOP", f"{time['useful_tflop']:,.1f}"),
+            ("TFLOP/s of matrix products", f"{time['matmul_tflops']:,.2f}"),
+            ("share of them, assumed", f"{time['assumed_share']:.0%}"),
+            ("hours", f"{time['hours']:,.4f}"),
+        ]
+        if time["usd"] is not None:
+            figures.append(("USD", f"{time['usd']:,.4f}"))
+        parts.append(make_table(f"time on {time['device']}", ("", ""), figures))
     return Group(*parts)
 
 
@@ -61,20 +82,29 @@ def _state(stages: Stages, draft: Draft) -> str:
     return "resumes" if stages.store.in_progress(draft) else "to make"
 
 
-def _training(stages: Stages) -> dict[str, Any]:
+def _training(stages: Stages, device_name: str) -> dict[str, Any]:
+    give_back_freed_tensors()
     for module in ("torch", "transformers"):
         require(module, "train")
     from tunesmith.train.batches import Order, count_steps, count_tokens
-    from tunesmith.train.language import TRAIN_FILE
+    from tunesmith.train.devices import find_device
+    from tunesmith.train.flops import CEILING_SHARE, token_cost, useful_flops
+    from tunesmith.train.forecast import Forecaster, empty_model
+    from tunesmith.train.language import EVALUATION_FILE, TRAIN_FILE
     from tunesmith.train.model import count_parameters, quiet_libraries
 
     quiet_libraries()
-    require("peft", "train")
+    for module in ("accelerate", "peft"):
+        require(module, "train")
     recipe = stages.recipe
     assert recipe.train and recipe.data
     train = recipe.train
     dataset = make_dataset(stages)
-    language, model = _language_and_model(stages, dataset)
+    language, config = _language_and_config(stages, dataset)
+    # Counted without packing: 4-bit weights hold two in a byte.
+    dense = "lora" if train.method == "qlora" else train.method
+    counted = recipe.model_copy(update={"train": train.model_copy(update={"method": dense})})
+    model = empty_model(counted, config)
     parameters = count_parameters(model)
     figures: dict[str, Any] = {
         "rows": dataset.manifest.metrics["train_rows"],
@@ -82,49 +112,63 @@ def _training(stages: Stages) -> dict[str, Any]:
         "trainable_parameters": parameters.trainable,
     }
     if dataset.manifest.metrics["train_characters"] > _COUNTED_CHARACTERS:
-        log("the data set is large; its tokens and steps are counted when it is trained on")
-        return figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))
+        log("the data set is large; it is counted, and its memory checked, when it is trained on")
+        return {"training": figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))}
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
+    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data)
     rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = Order(examples.lengths(), rows_per_step, recipe.seed)
+    lengths, learnt = examples.lengths(), examples.supervised()
+    order = Order(lengths, rows_per_step, recipe.seed)
     steps = count_steps(train.num_train_epochs, train.max_steps, order.steps_per_epoch)
-    return figures | {
+    figures |= {
         "sequences": len(examples.rows),
         "truncated": examples.truncated,
         "dropped": examples.dropped,
         "sequences_per_step": rows_per_step,
         "steps_per_epoch": order.steps_per_epoch,
         "steps": steps,
-        "tokens": count_tokens(order, steps, examples.lengths()),
-        "supervised_tokens": count_tokens(order, steps, examples.supervised()),
+        "tokens": count_tokens(order, steps, lengths),
+        "supervised_tokens": count_tokens(order, steps, learnt),
     }
+    result: dict[str, Any] = {"training": figures}
+    device = find_device(device_name)
+    forecaster = Forecaster(recipe, config, examples, held_out, device)
+    if forecast := forecaster.forecast():
+        forecaster.refuse_what_cannot_fit(forecast)
+        result["memory"] = {
+            "device": device.name,
+            "parts_gib": forecast.in_gib(),
+            "peak_gib": round(forecast.peak_bytes / 2**30, 4),
+            "available_gib": round(device.memory_bytes / 2**30, 4),
+        }
+    flops = useful_flops(token_cost(model), order, steps, lengths, learnt)
+    tflops = device.measured_tflops(recipe.model.dtype)
+    hours = flops / (tflops * 1e12 * CEILING_SHARE) / 3600
+    result["time"] = {
+        "device": device.name,
+        "useful_tflop": round(flops / 1e12, 4),
+        "matmul_tflops": round(tflops, 4),
+        "assumed_share": CEILING_SHARE,
+        "hours": round(hours, 6),
+        "usd": round(hours * recipe.price.gpu_hour_usd, 6) if recipe.price else None,
+    }
+    return result
 
 
-def _language_and_model(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
-    """The tokenizer and the model of a training, the model on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _language_and_config(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
+    """The tokenizer and the model's configuration of a training."""
     from tunesmith.train.language import learn_language, read_language
-    from tunesmith.train.model import add_adapter, llama_config
+    from tunesmith.train.model import read_config
 
     recipe = stages.recipe
     assert recipe.train
     folder = None if recipe.train.method == "pretrain" else _config_folder(stages)
-    trust = recipe.model.trust_remote_code
     if folder:
         language = read_language(folder, recipe)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    else:
-        maker = stages if recipe.train.method == "pretrain" else stages.builtin_base
-        assert maker.recipe.train and maker.recipe.train.architecture
-        language = learn_language(make_dataset(maker), maker.recipe)
-        config = llama_config(maker.recipe.train.architecture, language.tokenizer)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        if recipe.train.method in ("lora", "qlora"):
-            model = add_adapter(model, recipe.train.lora)
-    return language, model
+        return language, read_config(recipe, language.tokenizer, folder)
+    maker = stages if recipe.train.method == "pretrain" else stages.builtin_base
+    language = learn_language(make_dataset(maker), maker.recipe)
+    return language, read_config(maker.recipe, language.tokenizer, None)
 
 
 def _config_folder(stages: Stages) -> Path | None:
