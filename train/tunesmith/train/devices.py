@@ -93,7 +93,7 @@ def larger_devices(needed_bytes: int) -> list[str]:
 def measured_peak_bytes(device: torch.device) -> int:
     """The most memory this process has held so far; on a CPU all of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return int(torch.cuda.max_memory_reserved(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

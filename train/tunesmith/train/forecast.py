@@ -178,7 +178,7 @@ class Forecaster:
         stored = getattr(self._config, "dtype", None) or torch.float32
         if train.method == "lora" and weights[0].dtype == stored:
             return 0
-        return sum(weight.numel() for weight in weights) * int(stored.itemsize)
+        return int(sum(weight.numel() for weight in weights) * stored.itemsize)
 
 
 def empty_model(recipe: Recipe, config: Any) -> Any:

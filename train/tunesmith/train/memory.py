@@ -206,7 +206,7 @@ class _Meter(TorchDispatchMode):
 def _workspace_bytes(operation: str, args: tuple[Any, ...]) -> int:
     """What bitsandbytes' operations allocate inside, where no mode can see it."""
     if operation.startswith("bitsandbytes.gemm_4bit"):
-        return math.prod(args[2]) * int(args[0].element_size())
+        return int(math.prod(args[2]) * args[0].element_size())
     if operation.startswith("bitsandbytes.optimizer_update_8bit"):
         return _EIGHT_BIT_COPIES * 4 * int(args[1].numel())
     return 0

@@ -258,7 +258,9 @@ def pack_empty(model: Any, dtype: torch.dtype) -> None:
     """Put 4-bit layers where loading with `nf4` would, in a model on the meta device."""
     from transformers.quantizers import AutoHfQuantizer
 
-    AutoHfQuantizer.from_config(_nf4_config(dtype)).preprocess_model(model=model)
+    AutoHfQuantizer.from_config(_nf4_config(dtype)).preprocess_model(
+        model=model, device_map={"": "meta"}
+    )
     _keep_unpacked(model)
 
 

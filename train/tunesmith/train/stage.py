@@ -166,7 +166,7 @@ def _metrics(
     parts: Parts, train: Train, progress: Progress, base: Artifact | None
 ) -> dict[str, Any]:
     examples = parts.train
-    metrics = {
+    metrics: dict[str, Any] = {
         "method": train.method,
         "steps": progress.step,
         "final_loss": progress.final_loss,
