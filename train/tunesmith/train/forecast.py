@@ -29,6 +29,10 @@ _NOT_SIMULATED = (
 )
 
 
+Change = dict[str, Any]
+"""Keys of the recipe → other values."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Peak memory of a training on one device."""
@@ -105,31 +109,43 @@ class Forecaster:
         raise GateError(f"{message}; {self._advice(forecast)}")
 
     def _advice(self, forecast: Forecast) -> str:
-        for changes, train, max_length in self._changes():
-            changed = self.forecast(train, max_length)
-            if changed and changed.fits:
-                settings = " ".join(f"{key}={value}" for key, value in changes.items())
-                return f"this would take {changed.peak_bytes / 2**30:.2f} GiB: {settings}"
+        for changes in self._changes():
+            # The last one takes the least: where it does not fit, none does.
+            if self._size(changes[-1]) is None:
+                continue
+            for change in changes:
+                if size := self._size(change):
+                    settings = " ".join(f"{key}={value}" for key, value in change.items())
+                    return f"this would take {size / 2**30:.2f} GiB: {settings}"
         larger = larger_devices(forecast.peak_bytes)
         return f"it would fit: {', '.join(larger)}" if larger else "no single known GPU has so much"
 
-    def _changes(self) -> Iterator[tuple[dict[str, Any], Train, int | None]]:
+    def _size(self, change: Change) -> int | None:
+        """Peak memory with other settings, where that fits."""
+        changed = self._recipe.model_dump()
+        for key, value in change.items():
+            section, name = key.split(".")
+            changed[section][name] = value
+        recipe = Recipe.model_validate(changed)
+        assert recipe.train and recipe.data
+        found = self.forecast(recipe.train, recipe.data.max_length)
+        return found.peak_bytes if found and found.fits else None
+
+    def _changes(self) -> Iterator[list[Change]]:
         """From those that leave the result as it is to those that change more and more."""
-        train, length = self._train, int(self._examples.lengths().max())
-        settings: dict[str, Any] = {}
-        steps: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+        train = self._train
+        wanted: list[Change] = [{}, {"train.gradient_checkpointing": "true"}]
         if train.optim.startswith("adamw_torch"):
-            steps.append({"optim": "adamw_8bit"})
+            wanted.append({"train.optim": "adamw_8bit"})
         if train.method == "lora" and not train.lora.changes_base:
-            steps.append({"method": "qlora"})
-        for step in steps:
-            settings |= {key: value for key, value in step.items() if getattr(train, key) != value}
-            for split in _splits(train):
-                yield _named(settings | split), train.model_copy(update=settings | split), None
-        smallest = settings | {**settings, **list(_splits(train))[-1]}
+            wanted.append({"train.method": "qlora"})
+        made: Change = {}
+        for change in wanted:
+            made = made | change
+            yield [made | split for split in _splits(train)]
+        smallest, length = made | _splits(train)[-1], int(self._examples.lengths().max())
         while (length := length // 2) >= _SHORTEST_TOKENS:
-            named = _named(smallest) | {"data.max_length": length}
-            yield named, train.model_copy(update=smallest), length
+            yield [smallest | {"data.max_length": length}]
 
     def _workload(self, train: Train, max_length: int | None) -> Workload:
         limit = max_length or int(self._examples.lengths().max())
@@ -208,22 +224,20 @@ def empty_model(recipe: Recipe, config: Any) -> Any:
     return model
 
 
-def _splits(train: Train) -> Iterator[dict[str, int]]:
+def _splits(train: Train) -> list[Change]:
     """The same rows per step in smaller and smaller passes."""
     rows, count = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    evaluation = train.per_device_eval_batch_size
-    yield {}
+    found: list[Change] = [{}]
     while rows % 2 == 0:
         rows, count = rows // 2, count * 2
-        yield {
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": count,
-            "per_device_eval_batch_size": min(evaluation, rows),
-        }
-
-
-def _named(settings: dict[str, Any]) -> dict[str, Any]:
-    return {f"train.{key}": str(value).lower() for key, value in settings.items()}
+        found.append(
+            {
+                "train.per_device_train_batch_size": rows,
+                "train.gradient_accumulation_steps": count,
+                "train.per_device_eval_batch_size": min(train.per_device_eval_batch_size, rows),
+            }
+        )
+    return found
 
 
 def _largest(groups: Iterator[Any], lengths: Rows, learnt: Rows) -> tuple[Pass, ...]:
