@@ -18,6 +18,7 @@ from tunesmith.train.devices import Device, in_gib, larger_devices
 from tunesmith.train.examples import Examples
 from tunesmith.train.memory import Parts, Pass, Workload, simulate
 
+FILES = "files"
 _SHORTEST_TOKENS = 64
 _NOT_SIMULATED = (
     ModelError,
@@ -49,8 +50,8 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has so much."""
-        return self.peak_bytes <= self.device.memory_bytes
+        """Whether the device has so much; the system takes pages of files back when it has to."""
+        return self.peak_bytes - self.parts.get(FILES, 0) <= self.device.memory_bytes
 
     def in_gib(self) -> dict[str, float]:
         """Part → GiB."""
@@ -91,9 +92,8 @@ class Forecaster:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log(f"the peak memory is not predicted: {reason}")
             return None
-        beside = self._file_bytes(train) if self._device.type == "cpu" else 0
-        if parts["weights"] + beside > sum(parts.values()):
-            parts = {"weights": parts["weights"], "files": beside}
+        if self._device.type == "cpu" and train.method != "pretrain":
+            parts = self._with_files(parts, train, dtype)
         found = {part: size for part, size in parts.items() if size}
         return Forecast(self._device, found | {"runtime": self._device.runtime_bytes})
 
@@ -181,20 +181,28 @@ class Forecaster:
             np.minimum(examples.supervised(), limit - 1),
         )
 
-    def _file_bytes(self, train: Train) -> int:
-        """What of the base's files is in memory beside the weights that are made of them."""
-        if train.method == "pretrain":
-            return 0
-        dense = self._recipe.model_copy(
-            update={"train": train.model_copy(update={"method": "lora"})}
-        )
-        weights = [
-            one for one in empty_model(dense, self._config).parameters() if not one.requires_grad
-        ]
+    def _with_files(self, parts: Parts, train: Train, dtype: torch.dtype) -> Parts:
+        """A CPU has the base's files mapped: for good where weights are used in place, otherwise
+        while others are made of them."""
         stored = getattr(self._config, "dtype", None) or torch.float32
-        if train.method == "lora" and weights[0].dtype == stored:
-            return 0
-        return int(sum(weight.numel() for weight in weights) * stored.itemsize)
+        frozen = [one for one in self._empty(train, "lora").parameters() if not one.requires_grad]
+        whole = sum(weight.numel() for weight in frozen) * stored.itemsize
+        if train.method == "lora" and frozen[0].dtype == stored:
+            return parts
+        if train.method == "qlora" and stored == dtype:
+            unpacked = sum(
+                weight.numel()
+                for weight in self._empty(train, "qlora").parameters()
+                if not weight.requires_grad and type(weight).__name__ != "Params4bit"
+            )
+            return parts | {FILES: whole - unpacked * stored.itemsize}
+        if parts["weights"] + whole > sum(parts.values()):
+            return {"weights": parts["weights"], FILES: whole}
+        return parts
+
+    def _empty(self, train: Train, method: str) -> Any:
+        changed = train.model_copy(update={"method": method})
+        return empty_model(self._recipe.model_copy(update={"train": changed}), self._config)
 
 
 def empty_model(recipe: Recipe, config: Any) -> Any:
