@@ -25,54 +25,53 @@ from tunesmith.train.tokenizer import learn_tokenizer
 
 MOST_OVER, MOST_UNDER = 0.10, 0.03
 
-SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
-DEEP = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
-WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
-LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8}
+NARROW = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8}
+DEEP = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 16}
+WIDE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
+LARGE = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8}
 
 CASES: dict[str, dict[str, Any]] = {
-    "lora": {"shape": SMALL, "vocabulary": 8192, "rows": 16},
-    "lora float32": {"shape": SMALL, "vocabulary": 8192, "dtype": "float32"},
+    "lora": {"shape": NARROW, "vocabulary": 8192},
+    "lora float32": {"shape": NARROW, "vocabulary": 8192, "dtype": "float32"},
     "lora checkpointing": {
-        "shape": DEEP, "vocabulary": 32000, "train": {"gradient_checkpointing": True}, "rows": 16,
+        "shape": DEEP, "vocabulary": 32000, "train": {"gradient_checkpointing": True},
     },
     "lora deep": {"shape": DEEP, "vocabulary": 4096},
-    "lora large vocabulary": {"shape": SMALL, "vocabulary": 128000, "rows": 4},
-    "lora large": {"shape": LARGE, "vocabulary": 16000, "rows": 2, "tokens": 256},
+    "lora large vocabulary": {"shape": NARROW, "vocabulary": 128000, "rows": 4},
+    "lora large": {"shape": LARGE, "vocabulary": 64000, "rows": 2, "tokens": 128},
     "dora dropout": {
-        "shape": SMALL, "vocabulary": 8192,
+        "shape": NARROW, "vocabulary": 8192,
         "train": {"lora": {"use_dora": True, "lora_dropout": 0.1}},
     },
     "lora accumulation": {
-        "shape": WIDE, "vocabulary": 16000, "rows": 4,
+        "shape": NARROW, "vocabulary": 16000, "rows": 8,
         "train": {"gradient_accumulation_steps": 2, "lora": {"r": 64}},
     },
-    "qlora": {"shape": WIDE, "vocabulary": 16000, "rows": 4, "train": {"method": "qlora"}},
+    "qlora": {"shape": WIDE, "vocabulary": 32000, "rows": 4, "train": {"method": "qlora"}},
     "qlora checkpointing": {
-        "shape": LARGE, "vocabulary": 32000, "rows": 2, "tokens": 256,
+        "shape": LARGE, "vocabulary": 64000, "rows": 4, "tokens": 128,
         "train": {"method": "qlora", "gradient_checkpointing": True},
     },
-    "full": {"shape": WIDE, "vocabulary": 16000, "rows": 4, "train": {"method": "full"}},
+    "full": {
+        "shape": WIDE, "vocabulary": 32000, "rows": 4, "tokens": 256, "train": {"method": "full"},
+    },
     "full 8-bit": {
-        "shape": WIDE, "vocabulary": 32000, "rows": 4, "tokens": 256,
+        "shape": WIDE, "vocabulary": 64000, "rows": 4, "tokens": 128,
         "train": {"method": "full", "optim": "adamw_8bit"},
     },
     "full float32 checkpointing": {
-        "shape": DEEP, "vocabulary": 32000, "rows": 16, "dtype": "float32",
+        "shape": DEEP, "vocabulary": 64000, "rows": 8, "tokens": 256, "dtype": "float32",
         "train": {"method": "full", "gradient_checkpointing": True, "optim": "adamw_torch"},
     },
-    "pretrain": {
-        "shape": SMALL, "vocabulary": 8192, "rows": 16, "tokens": 256,
-        "train": {"method": "pretrain"},
-    },
+    "pretrain": {"shape": NARROW, "vocabulary": 16000, "train": {"method": "pretrain"}},
     "lora qwen3": {
-        "shape": SMALL | {"head_dim": 64}, "vocabulary": 32000, "family": "qwen3",
+        "shape": NARROW | {"head_dim": 64}, "vocabulary": 32000, "family": "qwen3", "rows": 8,
     },
     "lora gemma3": {
-        "shape": SMALL | {"head_dim": 64}, "vocabulary": 32000, "family": "gemma3_text",
+        "shape": NARROW | {"head_dim": 64}, "vocabulary": 32000, "family": "gemma3_text", "rows": 8,
     },
 }  # fmt: skip
-"""Name → what differs from: a Llama in bfloat16, LoRA, 8 rows of 512 tokens a pass."""
+"""Name → what differs from: a Llama in bfloat16, LoRA, 16 rows of 512 tokens a pass."""
 
 
 def main() -> None:
@@ -131,7 +130,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> Path:
     words = ["".join(dice.choices("abcdefghij", k=dice.randint(2, 6))) for _ in range(300)]
     texts = [" ".join(dice.choices(words, k=2 * tokens)) for _ in range(120)]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    rows = case.get("rows", 8)
+    rows = case.get("rows", 16)
     train = {
         "method": "lora",
         "max_steps": 2,
