@@ -30,7 +30,7 @@ from tunesmith.train.optimizer import make_optimizer
 Parts = dict[str, int]
 """Part → bytes."""
 
-_EIGHT_BIT_COPIES = 5
+_EIGHT_BIT_COPIES = 6
 """float32 copies of one matrix that bitsandbytes' 8-bit AdamW makes on a CPU."""
 
 
