@@ -6,11 +6,11 @@ import ctypes
 import os
 
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
-_THRESHOLD_BYTES = 2 * 2**20
+_THRESHOLD_BYTES = 2**19
 
 
 def give_back_freed_tensors() -> None:
-    """Have glibc map each tensor of 2 MiB or more by itself, in huge pages where there are some.
+    """Have glibc map each tensor of 512 KiB or more by itself, in huge pages where there are some.
 
     By default it moves its threshold up to 32 MiB, and aligned blocks of that heap are seldom used
     again: the same training took 1.3 to 1.7 times the memory of its tensors, more with each step.
