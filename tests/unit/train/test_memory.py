@@ -78,7 +78,7 @@ def test_settings_that_save_memory_do() -> None:
     assert checkpointed["activations"] < 0.7 * plain["activations"]
     small = memory.Workload(long.evaluation, long.evaluation, long.first, False)
     eight = predicted(work=small, method="full", optim="adamw_8bit")
-    assert eight["optimizer"] < 0.75 * predicted(work=small, method="full")["optimizer"]
+    assert eight["optimizer"] < 0.85 * predicted(work=small, method="full")["optimizer"]
     more = predicted(work=long, lora={"use_dora": True, "lora_dropout": 0.1})
     assert more["activations"] > 1.1 * plain["activations"]
 
