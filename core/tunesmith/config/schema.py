@@ -21,7 +21,7 @@ Money = Annotated[float, Field(ge=0.0)]
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
-DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
 Task = Literal["completion_loss", "chrf", "rouge_l"]
 Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
@@ -155,6 +155,20 @@ class Architecture(Section):
         return self
 
 
+class Preference(Section):
+    """How much an answer has to be preferred, in TRL's names."""
+
+    loss_type: Literal["dpo", "orpo"] = "dpo"
+    """`dpo` compares with the model as it was before training; `orpo` learns the chosen answers at
+    the same time and needs no comparison."""
+
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """`dpo`: how closely the model stays with what it was; `orpo`: weight of the preference."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to be the wrong way round (`dpo`)."""
+
+
 class Train(Section):
     """Fine-tuning or pre-training, in the names of Hugging Face `TrainingArguments`."""
 
@@ -163,6 +177,10 @@ class Train(Section):
 
     lora: Lora = Lora()
     """The adapter, for `lora` and `qlora`."""
+
+    preference: Preference | None = None
+    """Learn which of two answers is better, from rows of `data.format: preference` (and only
+    those)."""
 
     architecture: Architecture | None = None
     """The new model's shape, for `pretrain` (and only there)."""
@@ -181,6 +199,10 @@ class Train(Section):
 
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step."""
+
+    packing: bool = False
+    """Fill blocks of `data.max_length` tokens with several rows, each of which sees itself alone;
+    batch sizes then count blocks."""
 
     per_device_eval_batch_size: Positive = 8
     """Sequences per forward pass on each device while evaluating."""
@@ -241,6 +263,10 @@ class Train(Section):
             raise ValueError("architecture is given exactly when method is pretrain")
         if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
             raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
+        if self.packing and self.preference:
+            raise ValueError("packing is for single rows; preference learns pairs")
+        if self.packing and self.neftune_noise_alpha:
+            raise ValueError("neftune_noise_alpha depends on a row's length; turn packing off")
         return self
 
 
@@ -437,6 +463,11 @@ class Recipe(Section):
             raise ValueError("model.base is required, except for train.method: pretrain")
         if self.train and not self.data:
             raise ValueError("train needs a data section")
+        prefers = self.train is not None and self.train.preference is not None
+        if self.train and self.data and prefers != (self.data.format == "preference"):
+            raise ValueError("train.preference is given exactly when data.format is preference")
+        if prefers and pretrain:
+            raise ValueError("train.preference needs a model that answers already, so a base")
         if self.quantize and not self.data:
             raise ValueError("quantize needs a data section to calibrate on")
         adapts = self.train and self.train.method in ("lora", "qlora") and not self.train.merge

@@ -22,6 +22,7 @@ from tunesmith.config.schema import Train
 from tunesmith.train.examples import Example, Examples
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, collate
+from tunesmith.train.side import Layout
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "phi3"]
@@ -50,7 +51,7 @@ def test_the_loss_is_the_plain_one(family: str, base_of: Callable[[str], Path]) 
         logits_SV = model(input_ids=ids_1S).logits[0]
         plain = plain + F.cross_entropy(logits_SV[:-1], labels_S[1:], reduction="sum")
     batch = collate(examples)
-    padded = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    padded = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
     torch.testing.assert_close(padded, plain, rtol=1e-6, atol=0.0)
     theirs, ours = (
         torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
@@ -67,12 +68,12 @@ def test_the_full_logits_never_exist(
     model = AutoModelForCausalLM.from_pretrained(base_of(family))
     loss = TokenLoss(model, torch.float32)
     batch = collate(make_examples(6))
-    whole = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    whole = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
     theirs = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
     made: list[int] = []
     model.lm_head.register_forward_hook(lambda _layer, _inputs, output: made.append(output.numel()))
     monkeypatch.setattr("tunesmith.train.loss._LARGEST_LOGITS", 10 * 512 + 3)
-    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0.0)
     ours = torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)
     for one, other in zip(theirs, ours, strict=True):
@@ -106,7 +107,14 @@ def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> d
     )
     examples = Examples(rows=make_examples(13))
     job = Job(
-        TokenLoss(model, torch.float32), examples, examples, settings, torch.float32, 1, folder
+        TokenLoss(model, torch.float32),
+        examples,
+        examples,
+        Layout(),
+        settings,
+        torch.float32,
+        1,
+        folder,
     )
     trainer = Trainer(job, accelerator)
     assert trainer.total_steps == 2
@@ -116,7 +124,7 @@ def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> d
             lambda weight, name=name: seen.update({f"{trainer.progress.step} {name}": weight.grad})
         )
     for step in range(2):
-        trainer._step(trainer._order.rows(step))
+        trainer._step(trainer._order.groups(step))
     return seen
 
 

@@ -64,7 +64,9 @@ def _state(stages: Stages, draft: Draft) -> str:
 def _training(stages: Stages) -> dict[str, Any]:
     for module in ("torch", "transformers"):
         require(module, "train")
-    from tunesmith.train.batches import Order, count_steps, count_tokens
+    import numpy as np
+
+    from tunesmith.train.batches import Groups, Order, count_steps, count_tokens
     from tunesmith.train.language import TRAIN_FILE
     from tunesmith.train.model import count_parameters, quiet_libraries
 
@@ -85,18 +87,25 @@ def _training(stages: Stages) -> dict[str, Any]:
         log("the data set is large; its tokens and steps are counted when it is trained on")
         return figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    order = Order(examples.lengths(), rows_per_step, recipe.seed)
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    groups = (
+        Groups.packed(examples.lengths(), recipe.data.max_length, recipe.seed)
+        if train.packing
+        else Groups.of(examples.lengths(), 2 if train.preference else 1)
+    )
+    supervised = examples.supervised()
+    per_group = np.add.reduceat(supervised[groups.rows], groups.starts[:-1])
+    order = Order(groups.lengths, per_step, recipe.seed)
     steps = count_steps(train.num_train_epochs, train.max_steps, order.steps_per_epoch)
     return figures | {
         "sequences": len(examples.rows),
         "truncated": examples.truncated,
         "dropped": examples.dropped,
-        "sequences_per_step": rows_per_step,
+        "groups_per_step": per_step,
         "steps_per_epoch": order.steps_per_epoch,
         "steps": steps,
-        "tokens": count_tokens(order, steps, examples.lengths()),
-        "supervised_tokens": count_tokens(order, steps, examples.supervised()),
+        "tokens": count_tokens(order, steps, groups.lengths),
+        "supervised_tokens": count_tokens(order, steps, per_group),
     }
 
 

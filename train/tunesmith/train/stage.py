@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.config.errors import ModelError
 from tunesmith.config.schema import Recipe, Train
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
@@ -24,9 +25,10 @@ from tunesmith.train.language import (
     read_language,
 )
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
-from tunesmith.train.loss import TokenLoss, check_logits
+from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.save import save_adapter, save_model
+from tunesmith.train.side import Layout
 
 _INITIAL = "initial"
 
@@ -63,10 +65,13 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
     with write_together(stages, stages.trained) as work:
         parts = _prepare(recipe, dataset, base, accelerator)
+        loss = TokenLoss(parts.model, parts.dtype)
+        check_logits(loss, parts.train.rows[0], accelerator.device)
         job = Job(
-            TokenLoss(parts.model, parts.dtype),
+            loss,
             parts.train,
             parts.evaluation,
+            _choose_layout(recipe, parts, loss, accelerator),
             recipe.train,
             parts.dtype,
             recipe.seed,
@@ -74,7 +79,6 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
         )
         if recipe.train.lora.changes_base and accelerator.is_main_process:
             parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
-        check_logits(job.model, parts.train.rows[0], accelerator.device)
         progress = Trainer(job, accelerator).run()
         if accelerator.is_main_process:
             _save(parts, recipe.train, work, base)
@@ -127,6 +131,31 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
     return Parts(language, examples, held_out, model, dtype, parameters)
 
 
+def _choose_layout(recipe: Recipe, parts: Parts, loss: TokenLoss, accelerator: Any) -> Layout:
+    """How rows stand together: the fastest way that keeps them apart on this model and device.
+
+    Raises ModelError when rows are to be packed and the model would mix them.
+    """
+    assert recipe.train and recipe.data
+    train, device = recipe.train, accelerator.device
+    # On a CPU padded batches of like length take fewer, larger kernels; noise depends on them.
+    by_default = device.type == "cuda" and not train.neftune_noise_alpha
+    layout, how = Layout(), "in padded batches of like length"
+    if train.packing or by_default:
+        fault = keep_documents_apart(loss, parts.train.rows, device)
+        if fault and train.packing:
+            raise ModelError(f"train.packing: {fault}; set train.packing: false")
+        if fault:
+            how += f" ({fault})"
+        else:
+            layout = Layout(True, recipe.data.max_length if train.packing else None)
+            kernel = "one variable-length kernel" if device.type == "cuda" else "kernel by kernel"
+            how = f"{'packed' if train.packing else 'back to back'}, attention in each ({kernel})"
+    if accelerator.is_main_process:
+        log(f"sequences stand {how}")
+    return layout
+
+
 def _save(parts: Parts, train: Train, work: Work, base: Artifact | None) -> None:
     shutil.copy(work.scratch / METRICS_FILE, work.out / METRICS_FILE)
     if base and train.method in ("lora", "qlora"):
@@ -149,9 +178,13 @@ def _metrics(
             min(progress.eval_losses) if train.load_best_model_at_end else progress.eval_losses[-1]
         ),
         "best_step": progress.best_step,
+        **{
+            f"eval_{name}": value for name, value in progress.eval_figures.items() if name != "loss"
+        },
         "train_s": round(progress.train_s, 3),
         "supervised_tokens_seen": progress.supervised_tokens,
         "supervised_tokens_per_s": round(progress.supervised_tokens / progress.train_s, 1),
+        "fill": round(progress.tokens / progress.slots, 4),
         "examples": len(examples.rows),
         "tokens": int(examples.lengths().sum()),
         "supervised_tokens": int(examples.supervised().sum()),
