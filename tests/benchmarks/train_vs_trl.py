@@ -244,7 +244,7 @@ def _held_out_loss(work: Workload, adapter: Path) -> float:
     nats = tokens = 0.0
     for row in rows:
         batch = collate([row])
-        nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum())
         tokens += len(batch.targets_N)
     return nats / tokens
 

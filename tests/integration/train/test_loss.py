@@ -12,30 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sequences
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from sequences import make_examples
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tunesmith.config import ModelError
 from tunesmith.config.schema import Train
-from tunesmith.train.examples import Example, Examples
+from tunesmith.train.examples import Examples
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, collate
 from tunesmith.train.side import Layout
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "phi3"]
-
-
-def make_examples(count: int) -> list[Example]:
-    random = np.random.default_rng(0)
-    found = []
-    for length in random.integers(12, 90, count):
-        learnt = random.random(length) < 0.3
-        learnt[0], learnt[-1] = False, True
-        found.append(Example(random.integers(0, 512, length).astype(np.int32), learnt))
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,7 +159,7 @@ def test_two_ranks_make_the_same_step(
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            | {"OMP_NUM_THREADS": "1"},
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(sequences.__file__)},
         )
         for rank in range(2)
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sequences import make_examples
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tunesmith.config import ModelError
@@ -28,22 +29,12 @@ STATES: dict[str, dict[str, Any]] = {
 """Sinks beside attention, a state that runs over all tokens, and attention in chunks."""
 
 
-def make_rows(count: int, seed: int = 0) -> list[Example]:
-    random = np.random.default_rng(seed)
-    found = []
-    for length in random.integers(3, 60, count):
-        learnt = random.random(length) < 0.5
-        learnt[0], learnt[-1] = False, True
-        found.append(Example(random.integers(0, 512, length).astype(np.int32), learnt))
-    return found
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "phi", "phi3"])
 def test_packed_logits_are_those_of_each_row_alone(
     family: str, base_of: Callable[[str], Path]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_of(family)).eval()
-    loss, rows = TokenLoss(model, torch.float32), make_rows(9)
+    loss, rows = TokenLoss(model, torch.float32), make_examples(9)
     alone = [loss.logits(collate([row])) for row in rows]
     targets = collate(rows)
     padded = loss(targets.input_ids_BS, targets.positions_N, targets.targets_N)
@@ -76,10 +67,9 @@ def test_a_model_that_would_mix_rows_is_found_out(kind: str) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape | STATES[kind]))
-    loss, rows = TokenLoss(model, torch.float32), make_rows(3)
+    loss, rows = TokenLoss(model, torch.float32), make_examples(3)
     before = loss.all_logits(collate(rows[:1]).input_ids_BS)
     fault = keep_documents_apart(loss, rows, CPU)
-    print(fault)
     assert fault
     assert torch.equal(loss.all_logits(collate(rows[:1]).input_ids_BS), before)
 

@@ -42,7 +42,7 @@ def held_out_loss(stages: Stages, trained: dict[str, Any]) -> float:
     language = read_language(Path(trained["path"]), recipe)
     for row in language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data).rows:
         batch = collate([row])
-        nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum())
         tokens += len(batch.targets_N)
     return nats / tokens
 

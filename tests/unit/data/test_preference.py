@@ -149,5 +149,5 @@ def test_pretraining_on_preferences_is_refused() -> None:
         "data": {"train": "rows.jsonl", "format": "preference"},
         "train": {"method": "pretrain", "architecture": {}},
     }
-    with pytest.raises(ValueError, match="pretrain learns from text"):
+    with pytest.raises(ValueError, match="exactly when data.format is preference"):
         Recipe.model_validate(recipe)
