@@ -23,6 +23,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
 DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
 Task = Literal["completion_loss", "chrf", "rouge_l"]
 Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
 
@@ -253,6 +254,10 @@ class Train(Section):
 
     logging_steps: Positive = 10
     """Steps between lines of `metrics.jsonl`."""
+
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that are shown the lines of `metrics.jsonl` too: `tensorboard`, `mlflow`, `wandb`;
+    each has an extra of its name."""
 
     merge: bool = True
     """Also write the adapter merged into its base as a checkpoint."""

@@ -300,6 +300,7 @@ class Trainer:
     def _write(self, **figures: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(**figures)
+        self.accelerator.log(figures, step=figures["step"])
 
     @property
     def _trained(self) -> Any:

@@ -29,6 +29,7 @@ from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.save import save_adapter, save_model
 from tunesmith.train.side import Layout
+from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
 
@@ -79,7 +80,8 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
         )
         if recipe.train.lora.changes_base and accelerator.is_main_process:
             parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
-        progress = Trainer(job, accelerator).run()
+        with tracked(stages, stages.trained, work.scratch, accelerator):
+            progress = Trainer(job, accelerator).run()
         if accelerator.is_main_process:
             _save(parts, recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
