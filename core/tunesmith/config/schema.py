@@ -110,9 +110,10 @@ class Lora(Section):
     """Learn the length of each column apart from its direction (DoRA). vLLM serves such a model
     merged, never the adapter by itself."""
 
-    init_lora_weights: Literal["zeros", "pissa"] = "zeros"
+    init_lora_weights: Literal["zeros", "pissa", "loftq"] = "zeros"
     """`zeros` starts from the base as it is; `pissa` puts the base's principal components into the
-    adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r)."""
+    adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r);
+    `loftq` starts from what 4-bit quantization took from the base (`qlora`)."""
 
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
@@ -268,6 +269,8 @@ class Train(Section):
             raise ValueError("architecture is given exactly when method is pretrain")
         if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
             raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
+        if self.method != "qlora" and self.lora.init_lora_weights == "loftq":
+            raise ValueError("lora.init_lora_weights: loftq is for 4-bit weights: method qlora")
         if self.packing and self.preference:
             raise ValueError("packing is for single rows; preference learns pairs")
         if self.packing and self.neftune_noise_alpha:
@@ -484,5 +487,10 @@ class Recipe(Section):
             raise ValueError(
                 "vLLM cannot serve a DoRA adapter over its base: use the model tuned, with "
                 "train.merge: true"
+            )
+        if self.train and self.train.lora.init_lora_weights == "loftq" and self.serves_adapter:
+            raise ValueError(
+                "a LoftQ adapter mends 4-bit weights, which vLLM does not serve: use the model "
+                "tuned, with train.merge: true"
             )
         return self

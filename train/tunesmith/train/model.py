@@ -124,7 +124,7 @@ def add_adapter(model: Any, lora: Lora) -> Any:
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=True if lora.init_lora_weights == "zeros" else lora.init_lora_weights,
+        init_lora_weights="pissa" if lora.init_lora_weights == "pissa" else True,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )

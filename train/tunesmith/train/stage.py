@@ -24,6 +24,7 @@ from tunesmith.train.language import (
     learn_language,
     read_language,
 )
+from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
 from tunesmith.train.ranks import main_first, write_together
@@ -120,6 +121,8 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if base and train.method in ("lora", "qlora"):
         model = models.add_adapter(model, train.lora)
+        if train.lora.init_lora_weights == "loftq":
+            mend_quantization(model, base.root)
     if train.neftune_noise_alpha:
         models.add_noise(model, train.neftune_noise_alpha)
     parameters = models.count_parameters(model)
