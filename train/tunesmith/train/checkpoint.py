@@ -79,8 +79,7 @@ class Checkpoints:
         self, checkpoint: Path, model: nn.Module, parts: Mapping[str, Stateful]
     ) -> dict[str, Any]:
         """Put a checkpoint back; returns the progress it was saved with."""
-        device = str(self._accelerator.device)
-        load_trainable_weights(model, load_file(checkpoint / _WEIGHTS, device=device))
+        load_trainable_weights(model, load_file(checkpoint / _WEIGHTS))
         state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -100,8 +99,7 @@ class Checkpoints:
 
     def load_best(self, model: nn.Module) -> None:
         """Put the best weights back. Called on every rank."""
-        device = str(self._accelerator.device)
-        load_trainable_weights(model, load_file(self._folder / _BEST, device=device))
+        load_trainable_weights(model, load_file(self._folder / _BEST))
 
     @property
     def _random_file(self) -> str:
