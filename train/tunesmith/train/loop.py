@@ -121,6 +121,7 @@ class Trainer:
             contextlib.closing(MetricsLog(self._metrics_path, resumed))
             if self.accelerator.is_main_process
             else contextlib.nullcontext() as self._metrics,
+            contextlib.closing(self._checkpoints),
             stop_on_signals() as stop,
             progress_bar("training", self.total_steps) as bar,
         ):
@@ -133,6 +134,7 @@ class Trainer:
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
                 self._save(stop)
+            self._checkpoints.wait()
         progress = self.progress
         if progress.step < self.total_steps and self.accelerator.is_main_process:
             log(f"stopping early: the lowest held-out loss was at step {progress.best_step}")
@@ -223,7 +225,9 @@ class Trainer:
 
     def _save(self, stop: Stop) -> None:
         """Write a checkpoint when one is due or somebody on any rank asked to stop."""
-        stopping = self._any_rank(stop.requested)
+        stopping, failed = self._any_rank(stop.requested, self._checkpoints.has_failed)
+        if failed:
+            self._checkpoints.wait()
         if not stopping and not self._due(self.settings.save_steps):
             return
         progress = self.progress
@@ -231,6 +235,7 @@ class Trainer:
         progress.elapsed_s = time.monotonic() - self._since
         self._checkpoints.save(progress.step, self._trained, self._parts, asdict(progress))
         if stopping:
+            self._checkpoints.wait()
             raise WorkInterrupted(
                 f"stopped after step {progress.step} of {self.total_steps}, which is saved; "
                 "run the same command again to resume"
@@ -251,11 +256,12 @@ class Trainer:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def _any_rank(self, wish: bool) -> bool:
+    def _any_rank(self, *wishes: bool) -> Sequence[bool]:
+        """For each, whether it is true on any rank."""
         if self._ranks == 1:
-            return wish
-        wishes = torch.tensor(int(wish), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wishes).item())
+            return wishes
+        counts = torch.tensor(wishes, dtype=torch.int64, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts).tolist()]
 
     def _due(self, interval: float) -> bool:
         step = self.progress.step
