@@ -47,7 +47,7 @@ class Run:
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
 def test_a_restored_run_goes_on_exactly(optim: str, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True))
     run, other = Run(optim), Run(optim)
     frozen = run.model[0].weight.clone()
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_a_restored_run_goes_on_exactly(optim: str, tmp_path: Path) -> None:
 
 def test_a_half_written_checkpoint_is_none_and_older_ones_go(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder, Accelerator(cpu=True))
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True))
     assert checkpoints.latest() is None
     run = Run("adamw_torch")
     run.step()
@@ -85,7 +85,7 @@ def test_of_fifty_kills_while_saving_each_leaves_a_whole_checkpoint(tmp_path: Pa
     """The saving process is a fork of this one: fifty starts of torch would take minutes. Each
     lives for a few checkpoints, and is killed at any point of writing one."""
     dice, run, other = random.Random(0), Run("adamw_torch"), Run("adamw_torch")
-    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True))
     run.step()
     reached = 0
     for _ in range(50):
@@ -116,7 +116,7 @@ def no_file_larger_than(limit_bytes: int) -> Iterator[None]:
 
 
 def test_a_write_that_failed_is_told_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+    checkpoints = Checkpoints(tmp_path, Accelerator(cpu=True))
     run = Run("adamw_torch")
     run.step()
     checkpoints.save(1, run.model, run.parts, {"step": 1})

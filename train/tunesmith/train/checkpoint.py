@@ -26,6 +26,7 @@ from tunesmith.config.errors import TunesmithError
 from tunesmith.ledger.durable import sync, sync_tree
 
 _WEIGHTS, _STATE, _BEST = "weights.safetensors", "state.pt", "best.safetensors"
+FOLDER = "checkpoints"
 _NAMES = "step-????????"
 
 
@@ -39,12 +40,17 @@ class Stateful(Protocol):
         """Take it back."""
 
 
+def newest(scratch: Path) -> Path | None:
+    """The newest whole checkpoint in a training's scratch folder."""
+    return max((scratch / FOLDER).glob(_NAMES), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one run; only the latest is kept. Every rank calls every method, and all
     of them read the same folder."""
 
-    def __init__(self, folder: Path, accelerator: Any) -> None:
-        self._folder = folder
+    def __init__(self, scratch: Path, accelerator: Any) -> None:
+        self._scratch, self._folder = scratch, scratch / FOLDER
         self._rank, self._is_main = accelerator.process_index, accelerator.is_main_process
         self._accelerator = accelerator
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -53,8 +59,8 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, as the main process sees it."""
-        found: list[Path | None] = [max(self._folder.glob(_NAMES), default=None)]
-        return broadcast_object_list(found)[0]
+        found: list[Path | None] = broadcast_object_list([newest(self._scratch)])
+        return found[0]
 
     def save(
         self,

@@ -106,7 +106,7 @@ class Trainer:
         self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
         torch.manual_seed(job.seed + self._rank)
 
-        self._checkpoints = Checkpoints(job.scratch / "checkpoints", accelerator)
+        self._checkpoints = Checkpoints(job.scratch, accelerator)
         self._metrics_path = job.scratch / METRICS_FILE
         self.progress = Progress()
         self._window_nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
