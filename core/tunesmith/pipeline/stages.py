@@ -89,6 +89,7 @@ class Stages:
             "train": _drop(
                 train,
                 *("merge", "save_steps", "logging_steps", "per_device_eval_batch_size"),
+                "sharding",
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),

@@ -21,9 +21,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tunesmith.config.errors import TunesmithError
 from tunesmith.ledger.durable import sync, sync_tree
+from tunesmith.train.sharding import part, whole
 
 _WEIGHTS, _STATE, _BEST = "weights.safetensors", "state.pt", "best.safetensors"
 FOLDER = "checkpoints"
@@ -43,6 +45,11 @@ class Stateful(Protocol):
 def newest(scratch: Path) -> Path | None:
     """The newest whole checkpoint in a training's scratch folder."""
     return max((scratch / FOLDER).glob(_NAMES), default=None)
+
+
+def saved_processes(checkpoint: Path) -> int:
+    """How many processes the training had."""
+    return len(list(checkpoint.glob("random-*.pt")))
 
 
 class Checkpoints:
@@ -75,11 +82,9 @@ class Checkpoints:
             return
         self.wait()
         states = {name: part.state_dict() for name, part in parts.items()}
-        weights = _on_host(trainable_weights(model), self._is_main)
         state = _on_host({**states, "progress": progress}, self._is_main)
         random = gather_object([_random_state()])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        weights = whole_weights(model, self._is_main)
         if self._is_main:
             self._writing = self._thread.submit(self._write, step, weights, state, random)
         self._saved_step = step
@@ -111,18 +116,21 @@ class Checkpoints:
         """Put a checkpoint back; returns the progress it was saved with."""
         load_trainable_weights(model, load_file(checkpoint / _WEIGHTS))
         state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        for name, stateful in parts.items():
+            if isinstance(stateful, Optimizer):
+                _divide(state[name], stateful)
+            stateful.load_state_dict(state[name])
         _set_random_state(torch.load(checkpoint / f"random-{self._rank}.pt", weights_only=True))
         progress: dict[str, Any] = state["progress"]
         return progress
 
     def save_best(self, model: nn.Module) -> None:
         """Keep these weights as the best ones so far."""
+        weights = whole_weights(model, self._is_main)
         if self._is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             aside = self._folder / f"writing-{_BEST}"
-            save_file(trainable_weights(model), aside)
+            save_file(weights, aside)
             sync(aside)
             os.replace(aside, self._folder / _BEST)
         self._accelerator.wait_for_everyone()
@@ -162,17 +170,28 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A copy of the trained weights in host memory, on the ranks that keep it; called on every
+    rank."""
+    weights: dict[str, Tensor] = _on_host(trainable_weights(model), keep)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return weights
+
+
 def load_trainable_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Set every trained weight in place."""
     present = trainable_weights(model)
     assert present.keys() == saved.keys(), "the checkpoint is of another model"
     for name, weight in present.items():
-        weight.copy_(saved[name])
+        weight.copy_(part(saved[name], weight))
 
 
 def _on_host(value: Any, keep: bool) -> Any:
-    """A copy of nested dictionaries and lists in host memory; tensors are None unless kept."""
+    """A copy of nested dictionaries and lists in host memory, with whole tensors, which are None
+    unless kept; called on every rank."""
     if isinstance(value, Tensor):
+        value = whole(value)
         if not keep:
             return None
         # Pinned memory is copied to at full speed, and torch uses it again for the next copy.
@@ -183,6 +202,15 @@ def _on_host(value: Any, keep: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return [_on_host(inner, keep) for inner in value]
     return value
+
+
+def _divide(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Leave this rank's part of whole moments in an optimizer's state."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for at, moments in state["state"].items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.shape == weights[at].shape:
+                moments[name] = part(moment, weights[at])
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     from tunesmith.train.stage import make_base, train_stage
 
     accelerator = join()
-    main_first(lambda: check_drift(stages, discard=discard))
+    main_first(lambda: check_drift(stages, accelerator.num_processes, discard=discard))
     result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
     if train.method != "pretrain":
         result["base"] = make_base(stages, accelerator).id

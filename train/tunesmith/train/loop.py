@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config.errors import TunesmithError, WorkInterrupted
 from tunesmith.config.schema import Train
@@ -25,6 +26,7 @@ from tunesmith.train.examples import Example, Examples
 from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.metrics import MetricsLog
 from tunesmith.train.optimizer import make_optimizer, make_schedule
+from tunesmith.train.sharding import whole
 from tunesmith.train.signals import Stop, stop_on_signals
 
 METRICS_FILE = "metrics.jsonl"
@@ -102,7 +104,9 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=job.dtype == torch.float16
         )
-        self._model, self._optimizer = accelerator.prepare(job.model, optimizer)
+        is_sharded = isinstance(job.model, FSDPModule)
+        self._model = job.model if is_sharded else accelerator.prepare(job.model)
+        self._optimizer = accelerator.prepare(optimizer)
         self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
         torch.manual_seed(job.seed + self._rank)
 
@@ -151,13 +155,15 @@ class Trainer:
         groups = passes(rows, self._lengths, settings.per_device_train_batch_size, self._ranks)
         for at, shares in enumerate(groups):
             is_last = at == len(groups) - 1
-            # Gradients are averaged over ranks, once, in the last pass.
+            # Gradients are averaged over ranks, once, in the last pass; where they are sharded in
+            # every pass, because a rank has no room for whole ones.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 nats = self._summed_loss(self._train.rows, shares[self._rank])
                 self._scaler.scale(nats * (self._ranks / supervised)).backward()
             self._window_nats += nats.detach()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, settings.max_grad_norm or math.inf)
+        limit = settings.max_grad_norm or math.inf
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._weights, limit))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
