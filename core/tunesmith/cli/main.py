@@ -30,6 +30,10 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Discard = Annotated[
+    bool,
+    typer.Option("--discard", help="Drop an interrupted training that this recipe differs from."),
+]
 
 # Where each command lives, and the extra that brings what it imports.
 _COMMANDS = {
@@ -78,9 +82,14 @@ def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
     """Train the adapter or the model, and merge it."""
-    _execute("train", recipe, overrides, as_json)
+    _execute("train", recipe, overrides, as_json, discard=discard)
 
 
 @app.command()
@@ -126,12 +135,17 @@ def bench_all(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson =
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
     """Do every section of the recipe in order, reuse what is made, and write the report."""
     from tunesmith.pipeline.run import run_recipe, show
 
     with _resumable():
-        result = run_recipe(recipe, tuple(overrides or ()))
+        result = run_recipe(recipe, tuple(overrides or ()), discard=discard)
     _print(result, show, as_json)
 
 
@@ -213,7 +227,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _execute(
-    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: str
+    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: Any
 ) -> None:
     from tunesmith.config import MissingExtraError, load_recipe
     from tunesmith.pipeline import Stages

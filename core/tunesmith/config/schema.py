@@ -238,6 +238,10 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    sharding: Literal["none", "full"] = "none"
+    """`none` keeps the whole model in every process; `full` divides weights, gradients and
+    optimizer over them (FSDP2), for models that are too large for one device."""
+
     eval_steps: Annotated[float, Field(gt=0.0)] = 0.25
     """Steps between evaluations; a value below 1 is a share of all steps."""
 
@@ -275,6 +279,10 @@ class Train(Section):
             raise ValueError("packing is for single rows; preference learns pairs")
         if self.packing and self.neftune_noise_alpha:
             raise ValueError("neftune_noise_alpha depends on a row's length; turn packing off")
+        if self.sharding == "full" and self.lora.changes_base:
+            raise ValueError("lora.init_lora_weights: pissa needs whole weights: sharding none")
+        if self.sharding == "full" and "8bit" in self.optim:
+            raise ValueError("optim: 8-bit optimizers cannot be divided: sharding none")
         return self
 
 
@@ -483,6 +491,8 @@ class Recipe(Section):
             raise ValueError("quantize needs the merged model: train.merge: true")
         if self.evaluate and not self.data:
             raise ValueError("evaluate needs a data section")
+        if self.train and self.train.sharding == "full" and self.model.dtype == "float16":
+            raise ValueError("train.sharding: full needs model.dtype bfloat16 or float32")
         if self.train and self.train.lora.use_dora and self.serves_adapter:
             raise ValueError(
                 "vLLM cannot serve a DoRA adapter over its base: use the model tuned, with "

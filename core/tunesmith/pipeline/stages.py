@@ -88,13 +88,8 @@ class Stages:
         section = {
             "train": _drop(
                 train,
-                *(
-                    "merge",
-                    "save_steps",
-                    "logging_steps",
-                    "report_to",
-                    "per_device_eval_batch_size",
-                ),
+                *("merge", "save_steps", "logging_steps", "report_to", "sharding"),
+                "per_device_eval_batch_size",
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),

@@ -24,6 +24,8 @@ from tunesmith.config.schema import Train
 from tunesmith.train.examples import Examples
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, collate
+from tunesmith.train.sharding import shard
+from tunesmith.train.sharding import whole as whole_tensor
 from tunesmith.train.side import Layout
 
 CPU = torch.device("cpu")
@@ -83,7 +85,9 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         check_logits(loss, make_examples(1)[0], CPU)
 
 
-def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> dict[str, Any]:
+def gradients(
+    folder: Path, accelerator: Any, size: int, accumulation: int, *, sharded: bool = False
+) -> dict[str, Any]:
     """The gradient of each of two steps, the second one over a part of a global batch."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     seen: dict[str, Any] = {}
@@ -98,23 +102,20 @@ def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> d
         lr_scheduler_type="constant",
     )
     examples = Examples(rows=make_examples(13))
-    job = Job(
-        TokenLoss(model, torch.float32),
-        examples,
-        examples,
-        Layout(),
-        settings,
-        torch.float32,
-        1,
-        folder,
-    )
+    loss = TokenLoss(model, torch.float32)
+    if sharded:
+        shard(loss, accelerator)
+    job = Job(loss, examples, examples, Layout(), settings, torch.float32, 1, folder)
     trainer = Trainer(job, accelerator)
     assert trainer.total_steps == 2
-    for name, weight in model.named_parameters():
-        # The sum so far; the last call of a step leaves the whole.
-        weight.register_post_accumulate_grad_hook(
-            lambda weight, name=name: seen.update({f"{trainer.progress.step} {name}": weight.grad})
-        )
+    zero_grad = trainer._optimizer.zero_grad
+
+    def keep_and_zero() -> None:
+        for name, weight in model.named_parameters():
+            seen[f"{trainer.progress.step} {name}"] = whole_tensor(weight.grad).clone()
+        zero_grad()
+
+    trainer._optimizer.zero_grad = keep_and_zero
     for step in range(2):
         trainer._step(trainer._order.groups(step))
     return seen
@@ -170,11 +171,15 @@ def test_two_ranks_make_the_same_step(
             rank.kill()
             rank.wait()
     for rank in range(2):
-        assert largest_difference(whole, torch.load(tmp_path / f"{rank}.pt")) < 1e-5
+        for seen in torch.load(tmp_path / f"{rank}.pt"):
+            assert largest_difference(whole, seen) < 1e-5
 
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = gradients(Path(sys.argv[1]), accelerator, 2, 2)
-    torch.save({name: value.clone() for name, value in found.items()}, sys.argv[2])
+    found = [
+        gradients(Path(sys.argv[1]), accelerator, 2, 2, sharded=sharded)
+        for sharded in (False, True)
+    ]
+    torch.save(found, sys.argv[2])
     accelerator.end_training()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.config import Recipe, WorkInterrupted, dump_recipe
+from tunesmith.config import Recipe, WorkInterrupted, dump_recipe, load_recipe
 from tunesmith.ledger import hash_file
 from tunesmith.pipeline import Stages
 from tunesmith.train.batches import Rows
@@ -95,32 +95,77 @@ def test_sigterm_and_kill_change_nothing(recipe_of: Callable[..., Recipe], tmp_p
     assert not scratch.exists()
 
 
-def test_twenty_stops_at_random_steps_change_nothing(
-    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings: dict[str, Any] = {
-        "max_steps": 100, "save_steps": 9, "eval_steps": 13, "lora": {"lora_dropout": 0.1},
-        "neftune_noise_alpha": 5.0,
-    }  # fmt: skip
-    whole = train_stage(Stages(recipe_of(store="whole", **settings)), join())
-    steps = set(random.Random(1).sample(range(1, 100), 20))
-    step = Trainer._step
+NOISY: dict[str, Any] = {
+    "max_steps": 100, "save_steps": 9, "eval_steps": 13, "lora": {"lora_dropout": 0.1},
+    "neftune_noise_alpha": 5.0,
+}  # fmt: skip
+
+
+def train_with_stops(stages: Stages, count: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Train to the end through SIGTERMs at random steps, each heard by one rank alone; returns how
+    many there were."""
+    accelerator = join()
+    steps = random.Random(1).sample(range(1, NOISY["max_steps"]), count)
+    mine = set(steps[accelerator.process_index :: accelerator.num_processes])
+    step, stops = Trainer._step, 0
 
     def step_and_stop(trainer: Trainer, rows: Rows) -> torch.Tensor:
         norm = step(trainer, rows)
-        if trainer.progress.step in steps:
+        if trainer.progress.step in mine:
             os.kill(os.getpid(), signal.SIGTERM)
         return norm
 
     monkeypatch.setattr(Trainer, "_step", step_and_stop)
-    stages, stops = Stages(recipe_of(store="cut", **settings)), 0
     while not stages.store.find(stages.trained.id):
         try:
-            train_stage(stages, join())
+            train_stage(stages, accelerator)
         except WorkInterrupted:
             stops += 1
-    assert stops == 20
+    return stops
+
+
+def assert_same(cut: Stages, whole: Stages) -> None:
+    """The same weights, bit for bit, and the same metrics."""
+    ours, theirs = cut.made(cut.trained).root, whole.made(whole.trained).root
     weights = "adapter_model.safetensors"
-    cut = stages.made(stages.trained)
-    assert hash_file(cut.root / weights) == hash_file(whole.root / weights)
-    assert lines(cut.root / "metrics.jsonl") == lines(whole.root / "metrics.jsonl")
+    assert hash_file(ours / weights) == hash_file(theirs / weights)
+    assert lines(ours / "metrics.jsonl") == lines(theirs / "metrics.jsonl")
+
+
+def test_twenty_stops_at_random_steps_change_nothing(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (Stages(recipe_of(store=store, **NOISY)) for store in ("whole", "cut"))
+    train_stage(whole, join())
+    assert train_with_stops(cut, 20, monkeypatch) == 20
+    assert_same(cut, whole)
+
+
+def test_twenty_stops_of_two_ranks_change_nothing(
+    recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Every attempt is one more training in the same two processes, whose start takes longest."""
+    recipes = [recipe_of(store=store, **NOISY) for store in ("whole", "cut")]
+    for recipe in recipes:
+        (tmp_path / f"{recipe.store.folder.name}.yaml").write_text(dump_recipe(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         __file__, str(tmp_path / "whole.yaml"), str(tmp_path / "cut.yaml"), "20"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.stdout.decode() == "20 stops\n"
+    whole, cut = map(Stages, recipes)
+    assert_same(cut, whole)
+
+
+def run_rank(whole: Path, cut: Path, count: int) -> None:
+    """One rank of the test above."""
+    train_stage(Stages(load_recipe(whole)), join())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stops = train_with_stops(Stages(load_recipe(cut)), count, monkeypatch)
+    print(f"{stops} stops")
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

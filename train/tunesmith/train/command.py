@@ -14,8 +14,11 @@ from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
 
 
-def run(stages: Stages) -> dict[str, Any]:
-    """Make what the recipe's `train` section asks for, unless it is there."""
+def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
+    """Make what the recipe's `train` section asks for, unless it is there.
+
+    Raises UserError when a training that was interrupted would be left behind, unless `discard`.
+    """
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
@@ -28,11 +31,13 @@ def run(stages: Stages) -> dict[str, Any]:
         require(module, "train")
     if train.method == "qlora" or "8bit" in train.optim:
         require("bitsandbytes", "train")
+    from tunesmith.train.drift import check_drift
     from tunesmith.train.merge import merge_stage
     from tunesmith.train.ranks import join, main_first
     from tunesmith.train.stage import make_base, train_stage
 
     accelerator = join()
+    main_first(lambda: check_drift(stages, accelerator.num_processes, discard=discard))
     result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
     if train.method != "pretrain":
         result["base"] = make_base(stages, accelerator).id

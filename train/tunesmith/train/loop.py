@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config.errors import TunesmithError, WorkInterrupted
 from tunesmith.config.schema import Train
@@ -25,6 +27,7 @@ from tunesmith.train.examples import Examples
 from tunesmith.train.loss import TokenLoss
 from tunesmith.train.metrics import MetricsLog
 from tunesmith.train.optimizer import make_optimizer, make_schedule
+from tunesmith.train.sharding import whole
 from tunesmith.train.side import Layout, Side
 from tunesmith.train.signals import Stop, stop_on_signals
 
@@ -121,11 +124,13 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=job.dtype == torch.float16
         )
-        self._model, self._optimizer = accelerator.prepare(job.model, optimizer)
+        is_sharded = isinstance(job.model, FSDPModule)
+        self._model = job.model if is_sharded else accelerator.prepare(job.model)
+        self._optimizer = accelerator.prepare(optimizer)
         self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
         torch.manual_seed(job.seed + self._rank)
 
-        self._checkpoints = Checkpoints(job.scratch / "checkpoints", accelerator)
+        self._checkpoints = Checkpoints(job.scratch, accelerator)
         self.progress = Progress()
         self._window_sums = self._train.no_sums()
         self._note = ""
@@ -139,6 +144,7 @@ class Trainer:
             contextlib.closing(MetricsLog(self._scratch / METRICS_FILE, resumed))
             if self.accelerator.is_main_process
             else contextlib.nullcontext() as self._metrics,
+            contextlib.closing(self._checkpoints),
             stop_on_signals() as stop,
             progress_bar("training", self.total_steps) as bar,
         ):
@@ -152,6 +158,7 @@ class Trainer:
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
                 self._save(stop)
+            self._checkpoints.wait()
         progress = self.progress
         if progress.step < self.total_steps and self.accelerator.is_main_process:
             log(f"stopping early: the lowest held-out loss was at step {progress.best_step}")
@@ -168,15 +175,15 @@ class Trainer:
         turns = self._train.passes(groups, self.settings.per_device_train_batch_size)
         for at, shares in enumerate(turns):
             is_last = at == len(turns) - 1
-            # Gradients are averaged over ranks, once, in the last pass.
+            # Gradients are averaged over ranks, once, in the last pass; where they are sharded in
+            # every pass, because a rank has no room for whole ones.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
                 sums = self._train.sums(self._model, shares[self._rank])
                 self._scaler.scale(sums[0] * (self._ranks / count)).backward()
             self._window_sums += sums.detach()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._weights, self.settings.max_grad_norm or math.inf
-        )
+        limit = self.settings.max_grad_norm or math.inf
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._weights, limit))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
@@ -249,7 +256,9 @@ class Trainer:
 
     def _save(self, stop: Stop) -> None:
         """Write a checkpoint when one is due or somebody on any rank asked to stop."""
-        stopping = self._any_rank(stop.requested)
+        stopping, failed = self._any_rank(stop.requested, self._checkpoints.has_failed)
+        if failed:
+            self._checkpoints.wait()
         if not stopping and not self._due(self.settings.save_steps):
             return
         progress = self.progress
@@ -257,6 +266,7 @@ class Trainer:
         progress.elapsed_s = time.monotonic() - self._since
         self._checkpoints.save(progress.step, self._trained, self._parts, asdict(progress))
         if stopping:
+            self._checkpoints.wait()
             raise WorkInterrupted(
                 f"stopped after step {progress.step} of {self.total_steps}, which is saved; "
                 "run the same command again to resume"
@@ -287,11 +297,12 @@ class Trainer:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def _any_rank(self, wish: bool) -> bool:
+    def _any_rank(self, *wishes: bool) -> Sequence[bool]:
+        """For each, whether it is true on any rank."""
         if self._ranks == 1:
-            return wish
-        wishes = torch.tensor(int(wish), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wishes).item())
+            return wishes
+        counts = torch.tensor(wishes, dtype=torch.int64, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts).tolist()]
 
     def _due(self, interval: float) -> bool:
         step = self.progress.step

@@ -57,15 +57,17 @@ def load_base(
     device: torch.device,
     *,
     nf4: bool = False,
+    packed_in: torch.dtype = torch.uint8,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal language model with every weight from disk; in 4-bit NormalFloat with `nf4`.
+    """A causal language model with every weight from disk; in 4-bit NormalFloat with `nf4`,
+    whose bits are kept in tensors of `packed_in`.
 
     Raises ModelError when transformers cannot load it, or the folder lacks some of its weights.
     """
     import transformers
 
-    options: dict[str, Any] = {"quantization_config": _nf4_config(dtype)} if nf4 else {}
+    options: dict[str, Any] = {"quantization_config": _nf4_config(dtype, packed_in)} if nf4 else {}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -236,7 +238,7 @@ def _counted(names: Sequence[str]) -> str:
     return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
 
 
-def _nf4_config(dtype: torch.dtype) -> Any:
+def _nf4_config(dtype: torch.dtype, packed_in: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -244,6 +246,7 @@ def _nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=packed_in,
     )
 
 

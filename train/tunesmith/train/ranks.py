@@ -15,19 +15,33 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
+from tunesmith.config.errors import UserError
 from tunesmith.ledger import Draft
 from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 
 T = TypeVar("T")
 
+_RECIPE_DECIDES = {
+    "ACCELERATE_USE_FSDP": "train.sharding",
+    "ACCELERATE_USE_DEEPSPEED": "train.sharding",
+    "ACCELERATE_USE_MEGATRON_LM": "train.sharding",
+}
+
 
 def join() -> Any:
     """An accelerator that knows the other processes, if there are any.
 
-    Only the main process keeps its standard output, so that a result is printed once.
+    Only the main process keeps its standard output, so that a result is printed once. Raises
+    UserError when the launcher brings settings that the recipe has keys for.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    for name, key in _RECIPE_DECIDES.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"the launcher sets {name}, but the recipe decides that: see {key}; leave it out "
+                "of accelerate's configuration"
+            )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for good
     return accelerator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 from tunesmith.train import model as models
+from tunesmith.train.checkpoint import whole_weights
 from tunesmith.train.examples import Examples
 from tunesmith.train.language import (
     EVALUATION_FILE,
@@ -29,6 +30,7 @@ from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.save import save_adapter, save_model
+from tunesmith.train.sharding import check_processes, fill, hollow, shard
 from tunesmith.train.side import Layout
 from tunesmith.train.tracking import tracked
 
@@ -65,9 +67,15 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     assert recipe.train
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
+    is_sharded = recipe.train.sharding == "full"
+    if is_sharded:
+        check_processes(accelerator)
     with write_together(stages, stages.trained) as work:
         parts = _prepare(recipe, dataset, base, accelerator)
+        saved = hollow(parts.model) if is_sharded else parts.model
         loss = TokenLoss(parts.model, parts.dtype)
+        if is_sharded:
+            shard(loss, accelerator)
         check_logits(loss, parts.train.rows[0], accelerator.device)
         job = Job(
             loss,
@@ -83,8 +91,10 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
             parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
         with tracked(stages, stages.trained, work.scratch, accelerator):
             progress = Trainer(job, accelerator).run()
+        if is_sharded:
+            fill(saved, whole_weights(parts.model, keep=accelerator.is_main_process))
         if accelerator.is_main_process:
-            _save(parts, recipe.train, work, base)
+            _save(replace(parts, model=saved), recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
     return stages.made(stages.trained)
 
@@ -101,14 +111,17 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
         assert train.architecture
         model = models.new_model(train.architecture, language.tokenizer)
     else:
-        is_adapter = train.method in ("lora", "qlora")
+        is_adapter, is_packed = train.method in ("lora", "qlora"), train.method == "qlora"
+        is_sharded = train.sharding == "full"
         model = models.load_base(
             base.root,
             # Weights that are trained, or that an adapter's beginning is taken out of, keep their
             # full precision; the matmuls do not need it.
             dtype if is_adapter and not train.lora.changes_base else torch.float32,
-            device,
-            nf4=train.method == "qlora",
+            # What is divided goes from the host to the device a layer at a time.
+            torch.device("cpu") if is_sharded and not is_packed else device,
+            nf4=is_packed,
+            packed_in=dtype if is_sharded else torch.uint8,
             trust_remote_code=recipe.model.trust_remote_code,
         )
     rows = [*examples.rows, *held_out.rows]
