@@ -21,7 +21,7 @@ Money = Annotated[float, Field(ge=0.0)]
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
-DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
 Task = Literal["completion_loss", "chrf", "rouge_l"]
 Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
@@ -437,6 +437,10 @@ class Recipe(Section):
             raise ValueError("model.base is required, except for train.method: pretrain")
         if self.train and not self.data:
             raise ValueError("train needs a data section")
+        if pretrain and self.data and self.data.format == "preference":
+            raise ValueError(
+                "train.method: pretrain learns from text, not from data.format: preference"
+            )
         if self.quantize and not self.data:
             raise ValueError("quantize needs a data section to calibrate on")
         adapts = self.train and self.train.method in ("lora", "qlora") and not self.train.merge

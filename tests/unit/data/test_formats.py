@@ -179,7 +179,9 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-columns = sorted({"tools", "system", "history", "input"}.union(*map(set, REQUIRED.values())))
+columns = sorted(
+    {"tools", "system", "history", "input", "prompt"}.union(*map(set, REQUIRED.values()))
+)
 
 
 @given(st.dictionaries(st.sampled_from(columns), values), st.sampled_from(list(REQUIRED)))
@@ -191,3 +193,8 @@ def test_any_row_is_normalised_or_refused(raw: dict[str, Any], row_format: Any) 
     json.dumps(row, ensure_ascii=False).encode()
     if row_format != "text":
         assert row["messages"][-1]["role"] == "assistant"
+    if row_format == "preference":
+        answer = row["messages"][row["prompt_turns"] :]
+        assert row["prompt_turns"]
+        assert answer != row["rejected"]
+        assert row["rejected"][-1]["role"] == "assistant"

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from tunesmith.config import DataError
-from tunesmith.train.examples import Examples, tokenise_conversations, tokenise_texts
+from tunesmith.train.examples import (
+    Examples,
+    tokenise_conversations,
+    tokenise_pairs,
+    tokenise_texts,
+)
 from tunesmith.train.language import Language
 from tunesmith.train.tokenizer import PAD, TURN_END, learn_tokenizer
 
@@ -82,3 +87,56 @@ def test_the_tokenizer_spells_any_byte_and_is_always_the_same(language: Language
     again = learn_tokenizer(["def add(a, b): return a + b\n"] * 20, 600, 64)
     assert again.get_vocab() == language.tokenizer.get_vocab()
     assert len(again) <= 600
+
+
+def pair(chosen: str, rejected: str) -> dict[str, Any]:
+    row = talk(chosen)
+    answer = {"role": "assistant", "content": rejected}
+    return {**row, "rejected": [answer], "prompt_turns": len(row["messages"]) - 1}
+
+
+def test_pairs_alternate_and_only_answers_are_learnt(language: Language) -> None:
+    assert language.template
+    rows = [pair("return a", "def b"), pair("return b", "a")]
+    found = tokenise_pairs(rows, language.template, 64, 0.0)
+    learnt = [language.tokenizer.decode(row.input_ids[row.learnt]) for row in found.rows]
+    assert learnt == [f"{text}{TURN_END}" for text in ("return a", "def b", "return b", "a")]
+    prompts = [row.input_ids[~row.learnt].tolist() for row in found.rows]
+    assert prompts == [language.template.prompt_ids(rows[0]["messages"][:1])] * 4
+
+
+def test_earlier_answers_are_context_in_a_pair(language: Language) -> None:
+    assert language.template
+    row = pair("return a", "def b")
+    row["messages"] = talk("def add", question="first?")["messages"] + row["messages"]
+    row["prompt_turns"] += 2
+    (chosen, _) = tokenise_pairs([row], language.template, 96, 0.0).rows
+    assert language.tokenizer.decode(chosen.input_ids[chosen.learnt]) == f"return a{TURN_END}"
+
+
+def test_a_pair_is_dropped_as_a_whole(language: Language) -> None:
+    assert language.template
+    prompt = len(language.template.prompt_ids(talk("a")["messages"][:1]))
+    rows = [pair("a", "b"), pair("return a + b" * 9 + "!", "return a + b" * 9 + "?")]
+    found = tokenise_pairs(rows, language.template, prompt + 4, 0.0)
+    assert (len(found.rows), found.dropped, found.truncated) == (2, 1, 2)
+    with pytest.raises(DataError, match="nothing to learn"):
+        tokenise_pairs(rows, language.template, prompt, 0.0)
+
+
+def test_an_answer_that_the_template_rewrites_is_refused(language: Language) -> None:
+    """Thinking models' templates leave the reasoning out of all turns but the last."""
+    from tunesmith.chat import ChatTemplate
+
+    tokenizer = learn_tokenizer(["def add(a, b): return a + b\n"] * 20, 600, 64)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.reasoning and loop.last %}{{ '<t>' + message.reasoning + '</t>' }}"
+        "{% endif %}{{ message.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = pair("return a", "def b")
+    first = {"role": "assistant", "content": "call", "reasoning": "think"}
+    row["rejected"] = [first, {"role": "tool", "content": "1"}, *row["rejected"]]
+    with pytest.raises(DataError, match=r"turn 2: .*differently once other turns follow"):
+        tokenise_pairs([row], ChatTemplate(tokenizer), 64, 0.0)

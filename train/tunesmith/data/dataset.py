@@ -11,7 +11,8 @@ from typing import Any, Literal
 from tunesmith.config.errors import DataError
 from tunesmith.config.schema import Data, DataFormat
 from tunesmith.data.faults import Fault, RowError, check_error_rate, counts, write_faults
-from tunesmith.data.formats import REQUIRED, Row, fitting_formats, normalise
+from tunesmith.data.formats import REQUIRED, fitting_formats, normalise
+from tunesmith.data.messages import Row
 from tunesmith.data.read import Raw, read_file, read_hub
 from tunesmith.data.split import Keyed, choose, hold_out, identify
 from tunesmith.data.stdlib import builtin_rows
@@ -172,8 +173,11 @@ def _metrics(train: Sequence[Keyed], evaluation: Sequence[Keyed]) -> dict[str, A
 
 def _prompt(row: Row) -> str:
     """What a row asks, without its last answer."""
-    return str(row["text"]) if "text" in row else json.dumps(row["messages"][:-1], sort_keys=True)
+    if "text" in row:
+        return str(row["text"])
+    return json.dumps(row["messages"][: row.get("prompt_turns", -1)], sort_keys=True)
 
 
 def _characters(row: Row) -> int:
-    return sum(len(turn["content"]) for turn in row.get("messages", ())) + len(row.get("text", ""))
+    turns = [*row.get("messages", ()), *row.get("rejected", ())]
+    return sum(len(turn["content"]) for turn in turns) + len(row.get("text", ""))

@@ -25,6 +25,8 @@ Kind = Literal[
     "empty_assistant",
     "empty_user",
     "empty_text",
+    "equal_answers",
+    "different_prompts",
 ]
 _SHOWN = 5
 

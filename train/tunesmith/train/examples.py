@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.chat import ChatTemplate
+from tunesmith.chat import ChatTemplate, Supervised
 from tunesmith.config.errors import DataError
 from tunesmith.terminal import progress_bar
 
@@ -52,16 +52,32 @@ class Examples:
 
     def add(self, input_ids: Sequence[int], learnt: Sequence[bool], max_length: int) -> None:
         """Keep what fits and can be learnt, and count what does not."""
+        if example := self._cut(input_ids, learnt, max_length):
+            self.rows.append(example)
+        else:
+            self.dropped += 1
+
+    def add_pair(self, chosen: Supervised, rejected: Supervised, max_length: int) -> None:
+        """Keep both answers in this order, or count one dropped row when either has nothing to
+        learn within the limit or nothing in which they differ."""
+        pair = [self._cut(one.input_ids, one.mask, max_length) for one in (chosen, rejected)]
+        if pair[0] and pair[1] and not np.array_equal(pair[0].input_ids, pair[1].input_ids):
+            self.rows += [pair[0], pair[1]]
+        else:
+            self.dropped += 1
+
+    def _cut(
+        self, input_ids: Sequence[int], learnt: Sequence[bool], max_length: int
+    ) -> Example | None:
         self.truncated += len(input_ids) > max_length
         mask = np.array(learnt[:max_length], dtype=np.bool_)
         mask[:1] = False
         targets = np.flatnonzero(mask)
         if not len(targets):
-            self.dropped += 1
-            return
+            return None
         # Attention is causal: nothing after the last target can change any loss.
         end = int(targets[-1]) + 1
-        self.rows.append(Example(np.array(input_ids[:end], dtype=np.int32), mask[:end]))
+        return Example(np.array(input_ids[:end], dtype=np.int32), mask[:end])
 
 
 def tokenise_conversations(
@@ -88,6 +104,45 @@ def tokenise_conversations(
                 found.faults.append(f"row {row['id']}: {error}")
     _check(found, count, max_length, max_error_rate)
     return found
+
+
+def tokenise_pairs(
+    rows: Iterable[dict[str, Any]],
+    template: ChatTemplate,
+    max_length: int,
+    max_error_rate: float,
+    total: int | None = None,
+) -> Examples:
+    """Preferences as alternating sequences: those of row pair i are `2 i`, with the better answer,
+    and `2 i + 1`, with the worse. Only what follows the prompt is learnt.
+
+    Raises DataError when more rows than `max_error_rate` cannot be rendered, or none can be learnt.
+    """
+    found = Examples()
+    count = 0
+    with progress_bar("tokenising", total) as bar:
+        for row in rows:
+            count += 1
+            bar.advance()
+            prompt = row["messages"][: row["prompt_turns"]]
+            try:
+                chosen = _supervise_answer(template, prompt, row["messages"][len(prompt) :], row)
+                rejected = _supervise_answer(template, prompt, row["rejected"], row)
+                found.add_pair(chosen, rejected, max_length)
+            except DataError as error:
+                found.faults.append(f"row {row['id']}: {error}")
+    _check(found, count, max_length, max_error_rate)
+    return found
+
+
+def _supervise_answer(
+    template: ChatTemplate, prompt: list[Any], answer: list[Any], row: dict[str, Any]
+) -> Supervised:
+    """A conversation of which the answer alone is learnt. It has to be one sequence: raises
+    HistoryDiffers when the template rewrites its first turns once others follow."""
+    messages = [*prompt, *answer]
+    turns = [at for at in range(len(prompt), len(messages)) if messages[at]["role"] == "assistant"]
+    return template.supervise(messages, tools=row.get("tools"), turns=turns)
 
 
 def tokenise_texts(

@@ -12,7 +12,12 @@ from tunesmith.config.errors import DataError, ModelError
 from tunesmith.config.schema import Data, Recipe
 from tunesmith.data import read_rows
 from tunesmith.ledger import Artifact
-from tunesmith.train.examples import Examples, tokenise_conversations, tokenise_texts
+from tunesmith.train.examples import (
+    Examples,
+    tokenise_conversations,
+    tokenise_pairs,
+    tokenise_texts,
+)
 from tunesmith.train.tokenizer import learn_tokenizer
 
 TRAIN_FILE, EVALUATION_FILE = "train.jsonl", "evaluation.jsonl"
@@ -55,9 +60,8 @@ class Language:
         if data.format == "text":
             return tokenise_texts(rows, self.tokenizer, data.max_length, total)
         assert self.template, "conversations are only read with a template"
-        return tokenise_conversations(
-            rows, self.template, data.max_length, data.max_error_rate, total
-        )
+        tokenise = tokenise_pairs if data.format == "preference" else tokenise_conversations
+        return tokenise(rows, self.template, data.max_length, data.max_error_rate, total)
 
 
 def read_language(base: Path, recipe: Recipe) -> Language:
