@@ -143,7 +143,7 @@ def _read_source(
                 if isinstance(raw.value, RowError):
                     raise raw.value
                 columns |= raw.value.keys()
-                row, cut = normalise(raw.value, data.format)
+                row, cut = normalise(raw.value, data.format, data.learn)
                 spool.add(row)
                 turns_cut += cut
             except RowError as error:

@@ -22,6 +22,8 @@ Kind = Literal[
     "unknown_role",
     "wrong_role_order",
     "no_assistant_turn",
+    "nothing_learnt",
+    "unlearnable_role",
     "empty_assistant",
     "empty_user",
     "empty_text",
