@@ -22,6 +22,8 @@ Money = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
 DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
+Learn = Literal["all", "last"]
+Truncation = Literal["end", "start", "drop", "error"]
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 Task = Literal["completion_loss", "chrf", "rouge_l"]
@@ -78,7 +80,15 @@ class Data(Section):
     """Share of `train` that is held out when `evaluation` is null, chosen by hash of the row."""
 
     max_length: Positive = 2048
-    """Longest training example, in tokens; longer ones are cut at the end and counted."""
+    """Longest training example, in tokens; what becomes of longer ones says `truncation`."""
+
+    truncation: Truncation = "end"
+    """Cut longer examples at their `end` or their `start`, `drop` them (all of this is counted), or
+    stop with an `error`. Rows of `text` are divided and never cut."""
+
+    learn: Learn = "all"
+    """Learn `all` answers of a conversation or only the `last`. A message with `"weight": 0` is not
+    learnt either way."""
 
     max_rows: Positive | None = None
     """Use only this many training rows, chosen by `seed`; all when null."""
@@ -86,6 +96,16 @@ class Data(Section):
     max_error_rate: Fraction = 0.0
     """Share of rows that may be malformed before the run stops; they are kept in
     `errors.jsonl` either way."""
+
+    max_dropped_rate: Fraction = 0.1
+    """Share of examples that may have nothing to learn within `max_length`, or be dropped as
+    longer, before the run stops."""
+
+    @model_validator(mode="after")
+    def _text_is_learnt_whole(self) -> Data:
+        if self.format == "text" and self.learn != "all":
+            raise ValueError("learn: last is of conversations; of format: text all is learnt")
+        return self
 
 
 class Lora(Section):

@@ -36,8 +36,10 @@ class Stages:
         inputs = {"train": digest_data(self.store, data.train, data.revision)}
         if data.evaluation:
             inputs["evaluation"] = digest_data(self.store, data.evaluation, data.revision)
+        names = ("format", "evaluation_fraction", "max_rows", "max_error_rate")
         section = {
-            "data": _pick(data, "format", "evaluation_fraction", "max_rows", "max_error_rate"),
+            # Only where it is not the default, so that data sets made before keep their ids.
+            "data": _pick(data, *names, *(("learn",) if data.learn != "all" else ())),
             "builtin": data.train.startswith("builtin/"),
             "seed": self.recipe.seed,
         }
@@ -93,7 +95,7 @@ class Stages:
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),
-            "data": {"max_length": self.recipe.data.max_length} if self.recipe.data else {},
+            "data": _pick(self.recipe.data, "max_length", "truncation") if self.recipe.data else {},
             "seed": self.recipe.seed,
         }
         parents = {"data": self.dataset.id}

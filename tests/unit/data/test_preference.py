@@ -41,7 +41,7 @@ RESULT = {"role": "tool", "content": "4"}
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], [GOOD], [BAD]),
         (
             {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
-            [USER, GOOD, USER],
+            [USER, {**GOOD, "weight": 0}, USER],
             [GOOD],
             [BAD],
         ),
@@ -63,7 +63,7 @@ RESULT = {"role": "tool", "content": "4"}
         ),
         (
             {"chosen": [USER, CALL, RESULT, GOOD], "rejected": [USER, CALL, RESULT, BAD]},
-            [USER, CALL, RESULT],
+            [USER, {**CALL, "weight": 0}, RESULT],
             [GOOD],
             [BAD],
         ),
@@ -82,6 +82,13 @@ def test_turns_after_the_answers_are_cut_and_tools_kept() -> None:
     raw = {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD], "tools": tools}
     row, cut = normalise(raw, "preference")
     assert (row["messages"], row["rejected"], row["tools"], cut) == ([USER, GOOD], [BAD], tools, 1)
+
+
+def test_of_an_answer_in_steps_the_last_can_be_learnt_alone() -> None:
+    raw = {"prompt": [USER], "chosen": [CALL, RESULT, GOOD], "rejected": [BAD]}
+    row, _ = normalise(raw, "preference", "last")
+    assert row["messages"] == [USER, {**CALL, "weight": 0}, RESULT, GOOD]
+    assert row["rejected"] == [BAD]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,11 @@ def test_turns_after_the_answers_are_cut_and_tools_kept() -> None:
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "no_assistant_turn", "rejected has no"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty_assistant", "rejected: turn 2"),
         ({"prompt": [USER, GOOD], "chosen": "b", "rejected": "c"}, "wrong_role_order", "chosen: "),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [{**BAD, "weight": 0}]},
+            "nothing_learnt",
+            "weight 0",
+        ),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "wrong_type", "prompt is a list"),
     ],
 )

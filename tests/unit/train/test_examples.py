@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tunesmith.config import DataError
+from tunesmith.config.schema import Data
 from tunesmith.train.examples import (
     Examples,
     tokenise_conversations,
@@ -23,6 +24,10 @@ def language() -> Language:
 
     tokenizer = learn_tokenizer(["def add(a, b): return a + b\n"] * 20, 600, 64)
     return Language(tokenizer, ChatTemplate(tokenizer))
+
+
+def data(max_length: int = 64, **settings: Any) -> Data:
+    return Data(train="rows.jsonl", max_length=max_length, **settings)
 
 
 def talk(answer: str, question: str = "add?") -> dict[str, Any]:
@@ -48,7 +53,7 @@ def test_cut_and_empty_rows_are_counted() -> None:
 
 def test_the_answer_and_its_end_are_learnt(language: Language) -> None:
     assert language.template
-    found = tokenise_conversations([talk("return a")], language.template, 64, 0.0)
+    found = tokenise_conversations([talk("return a")], language.template, data())
     row = found.rows[0]
     learnt = language.tokenizer.decode(row.input_ids[row.learnt])
     assert learnt == f"return a{TURN_END}"
@@ -60,21 +65,21 @@ def test_too_many_refused_rows_stop_the_run_with_their_reasons(language: Languag
     assert language.template
     rows = [talk("return a"), talk(f"a {TURN_END} b")]
     with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row r: .*ends a turn"):
-        tokenise_conversations(rows, language.template, 64, 0.4)
-    found = tokenise_conversations(rows, language.template, 64, 0.5)
+        tokenise_conversations(rows, language.template, data(max_error_rate=0.4))
+    found = tokenise_conversations(rows, language.template, data(max_error_rate=0.5))
     assert (len(found.rows), len(found.faults)) == (1, 1)
 
 
 def test_nothing_to_learn_is_an_error_that_names_the_limit(language: Language) -> None:
     assert language.template
     with pytest.raises(DataError, match=r"data.max_length \(4 tokens\)"):
-        tokenise_conversations([talk("b")], language.template, 4, 0.0)
+        tokenise_conversations([talk("b")], language.template, data(4))
 
 
 def test_texts_are_packed_with_an_end_after_each(language: Language) -> None:
     tokenizer = language.tokenizer
     texts = ["def add(a, b): return a + b\n", "x\n", "return\n"]
-    found = tokenise_texts([{"text": text} for text in texts], tokenizer, 5)
+    found = tokenise_texts([{"text": text} for text in texts], tokenizer, data(5))
     ids = [token for row in found.rows for token in row.input_ids.tolist()]
     assert tokenizer.decode(ids) == "".join(text + TURN_END for text in texts)
     assert {len(row.input_ids) for row in found.rows[:-1]} == {5}
@@ -89,6 +94,54 @@ def test_the_tokenizer_spells_any_byte_and_is_always_the_same(language: Language
     assert len(again) <= 600
 
 
+def test_what_becomes_of_longer_rows_is_chosen_and_counted() -> None:
+    ids, learnt = list(range(8)), [False] * 3 + [True] * 3 + [False] * 2
+    found = {}
+    for truncation in ("end", "start", "drop"):
+        found[truncation] = examples = Examples()
+        examples.add(ids, learnt, 6, truncation)  # only what is not learnt is past the limit
+        examples.add(ids, learnt, 5, truncation)
+        assert examples.rows[0].input_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found["end"].rows[1].input_ids.tolist() == [0, 1, 2, 3, 4]
+    assert found["start"].rows[1].input_ids.tolist() == [1, 2, 3, 4, 5]
+    assert found["start"].rows[1].learnt.tolist() == [False, False, True, True, True]
+    counted = {name: (e.kept, e.truncated, e.dropped, e.too_long) for name, e in found.items()}
+    assert counted == {"end": (2, 1, 0, 0), "start": (2, 1, 0, 0), "drop": (1, 0, 1, 1)}
+    # Nothing predicts the first token, also where it was not the first.
+    examples = Examples()
+    examples.add(ids, [True] * 8, 5, "start")
+    assert examples.rows[0].learnt.tolist() == [False] + [True] * 4
+
+
+def test_a_longer_row_can_be_an_error(language: Language) -> None:
+    assert language.template
+    settings = data(20, truncation="error", max_error_rate=1.0)
+    rows = [talk("a"), talk("return a + b" * 9)]
+    with pytest.raises(DataError, match=r"row r: \d+ tokens, more than data.max_length \(20\)"):
+        tokenise_conversations(rows, language.template, settings)
+
+
+def test_too_many_dropped_rows_stop_the_run(language: Language) -> None:
+    assert language.template
+    rows = [talk("a")] * 8 + [talk("a", question="long " * 30)] * 2
+    with pytest.raises(DataError, match=r"2 of 10 sequences .*data.max_dropped_rate \(0.1\)"):
+        tokenise_conversations(rows, language.template, data())
+    found = tokenise_conversations(rows, language.template, data(max_dropped_rate=0.2))
+    assert (found.kept, found.dropped, found.read) == (8, 2, 10)
+
+
+def test_messages_of_weight_0_are_context(language: Language) -> None:
+    assert language.template
+    row = talk("return a")
+    row["messages"] = [*talk("def add", question="first?")["messages"], *row["messages"]]
+    both = tokenise_conversations([row], language.template, data()).rows[0]
+    row["messages"][1]["weight"] = 0
+    last = tokenise_conversations([row], language.template, data()).rows[0]
+    assert last.input_ids.tolist() == both.input_ids.tolist()
+    learnt = [language.tokenizer.decode(one.input_ids[one.learnt]) for one in (both, last)]
+    assert learnt == [f"def add{TURN_END}return a{TURN_END}", f"return a{TURN_END}"]
+
+
 def pair(chosen: str, rejected: str) -> dict[str, Any]:
     row = talk(chosen)
     answer = {"role": "assistant", "content": rejected}
@@ -98,7 +151,7 @@ def pair(chosen: str, rejected: str) -> dict[str, Any]:
 def test_pairs_alternate_and_only_answers_are_learnt(language: Language) -> None:
     assert language.template
     rows = [pair("return a", "def b"), pair("return b", "a")]
-    found = tokenise_pairs(rows, language.template, 64, 0.0)
+    found = tokenise_pairs(rows, language.template, data())
     learnt = [language.tokenizer.decode(row.input_ids[row.learnt]) for row in found.rows]
     assert learnt == [f"{text}{TURN_END}" for text in ("return a", "def b", "return b", "a")]
     prompts = [row.input_ids[~row.learnt].tolist() for row in found.rows]
@@ -110,7 +163,7 @@ def test_earlier_answers_are_context_in_a_pair(language: Language) -> None:
     row = pair("return a", "def b")
     row["messages"] = talk("def add", question="first?")["messages"] + row["messages"]
     row["prompt_turns"] += 2
-    (chosen, _) = tokenise_pairs([row], language.template, 96, 0.0).rows
+    (chosen, _) = tokenise_pairs([row], language.template, data(96)).rows
     assert language.tokenizer.decode(chosen.input_ids[chosen.learnt]) == f"return a{TURN_END}"
 
 
@@ -118,10 +171,10 @@ def test_a_pair_is_dropped_as_a_whole(language: Language) -> None:
     assert language.template
     prompt = len(language.template.prompt_ids(talk("a")["messages"][:1]))
     rows = [pair("a", "b"), pair("return a + b" * 9 + "!", "return a + b" * 9 + "?")]
-    found = tokenise_pairs(rows, language.template, prompt + 4, 0.0)
+    found = tokenise_pairs(rows, language.template, data(prompt + 4, max_dropped_rate=0.5))
     assert (len(found.rows), found.dropped, found.truncated) == (2, 1, 2)
     with pytest.raises(DataError, match="nothing to learn"):
-        tokenise_pairs(rows, language.template, prompt, 0.0)
+        tokenise_pairs(rows, language.template, data(prompt))
 
 
 def test_an_answer_that_the_template_rewrites_is_refused(language: Language) -> None:
@@ -139,4 +192,4 @@ def test_an_answer_that_the_template_rewrites_is_refused(language: Language) -> 
     first = {"role": "assistant", "content": "call", "reasoning": "think"}
     row["rejected"] = [first, {"role": "tool", "content": "1"}, *row["rejected"]]
     with pytest.raises(DataError, match=r"turn 2: .*differently once other turns follow"):
-        tokenise_pairs([row], ChatTemplate(tokenizer), 64, 0.0)
+        tokenise_pairs([row], ChatTemplate(tokenizer), data())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from tunesmith.config.errors import DataError
 from tunesmith.config.schema import Data, DataFormat
-from tunesmith.data.faults import Fault, RowError, check_error_rate, counts, write_faults
+from tunesmith.data.faults import Fault, FaultLog, RowError
 from tunesmith.data.formats import REQUIRED, fitting_formats, normalise
 from tunesmith.data.messages import Row
 from tunesmith.data.read import Raw, read_file, read_hub
-from tunesmith.data.split import Keyed, choose, hold_out, identify
+from tunesmith.data.split import Indices, choose, count_distinct, hold_out
+from tunesmith.data.spool import Spool
 from tunesmith.data.stdlib import builtin_rows
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline.sources import BUILTIN_DATA, is_file_source
@@ -29,15 +34,18 @@ _HUB_SPLITS: dict[Side, tuple[str, ...]] = {
 }
 
 
-@dataclass
-class Source:
+@dataclass(frozen=True)
+class Read:
     """What was read from one source."""
 
-    rows: list[Keyed] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    """The rows that were dropped."""
+    name: str
+    side: Side
+    first: int
+    """Its first row in the spool."""
 
-    turns_cut: int = 0
+    rows: int
+    dropped: Counter[str]
+    turns_cut: int
     """Turns after the last answer of a conversation, from which nothing is learnt."""
 
 
@@ -52,18 +60,22 @@ def make_dataset(stages: Stages) -> Artifact:
     data = stages.recipe.data
     assert data is not None, "stages.dataset asks for the section"
     with stages.store.write(draft, stages.recipe) as work:
-        train, evaluation, sources = _sides(data, draft, work.scratch / ERRORS_FILE)
-        used = choose(train, data.max_rows, stages.recipe.seed)
-        _write_rows(work.out / TRAIN_FILE, used)
-        _write_rows(work.out / EVALUATION_FILE, evaluation)
-        faults = [fault for source in sources for fault in source.faults]
-        write_faults(work.out / ERRORS_FILE, faults)
-        work.metrics |= _metrics(used, evaluation) | {
-            "unused_rows": len(train) - len(used),
-            "dropped_rows": len(faults),
-            "dropped": counts(faults),
-            "turns_cut": sum(source.turns_cut for source in sources),
-        }
+        errors = work.scratch / ERRORS_FILE
+        with Spool(work.scratch / "rows.jsonl") as spool, FaultLog(errors) as faults:
+            reads = _read(data, draft, spool, faults)
+            train, evaluation = _split(data, reads, spool)
+            used = train
+            if data.max_rows is not None:
+                used = train[choose(spool.keys[train], data.max_rows, stages.recipe.seed)]
+            spool.write(work.out / TRAIN_FILE, used)
+            spool.write(work.out / EVALUATION_FILE, evaluation)
+            work.metrics |= _metrics(spool, used, evaluation) | {
+                "unused_rows": len(train) - len(used),
+                "dropped_rows": faults.kinds.total(),
+                "dropped": dict(sorted(faults.kinds.items())),
+                "turns_cut": sum(read.turns_cut for read in reads),
+            }
+        os.replace(errors, work.out / ERRORS_FILE)
     return stages.made(draft)
 
 
@@ -74,14 +86,12 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _sides(
-    data: Data, draft: Draft, listing: Path
-) -> tuple[list[Keyed], list[Keyed], list[Source]]:
-    """Training rows, evaluation rows, and the sources that they are from."""
+def _read(data: Data, draft: Draft, spool: Spool, faults: FaultLog) -> list[Read]:
+    """Every usable row of all sources into the spool."""
     is_builtin = BUILTIN_DATA in (data.train, data.evaluation)
     builtin = builtin_rows(data.format, data.evaluation_fraction) if is_builtin else ([], [])
 
-    def read(name: str, side: Side) -> Source:
+    def read(name: str, side: Side) -> Read:
         raws: Iterator[Raw]
         if name == BUILTIN_DATA:
             raws = (Raw(at, row) for at, row in enumerate(builtin[side == "evaluation"], 1))
@@ -89,26 +99,43 @@ def _sides(
             raws = read_file(Path(name))
         else:
             raws = read_hub(name, draft.inputs[side].rpartition("@")[2], _HUB_SPLITS[side])
-        return _read_source(name, raws, data, listing)
+        return _read_source(name, side, raws, data, spool, faults)
 
-    train = read(data.train, "train")
-    held_out = data.evaluation or (BUILTIN_DATA if is_builtin else None)
-    if held_out:
-        evaluation = read(held_out, "evaluation")
-        return train.rows, evaluation.rows, [train, evaluation]
-    train_rows, evaluation_rows = hold_out(train.rows, data.evaluation_fraction)
-    if not evaluation_rows:
+    reads = [read(data.train, "train")]
+    if held_out := data.evaluation or (BUILTIN_DATA if is_builtin else None):
+        reads.append(read(held_out, "evaluation"))
+    return reads
+
+
+def _split(data: Data, reads: Sequence[Read], spool: Spool) -> tuple[Indices, Indices]:
+    """Which rows of the spool are trained on, and which are held out."""
+    rows = {
+        side: np.concatenate(
+            [np.arange(read.first, read.first + read.rows) for read in reads if read.side == side]
+            or [np.arange(0)]
+        )
+        for side in _HUB_SPLITS
+    }
+    train, evaluation = rows["train"], rows["evaluation"]
+    if len(evaluation):
+        return train, evaluation
+    is_held_out = hold_out(spool.keys[train], data.evaluation_fraction)
+    if not is_held_out.any():
         raise DataError(
-            f"{data.train}: its {len(train.rows)} usable rows are all the same, so none can be "
+            f"{data.train}: its {len(train)} usable rows are all the same, so none can be "
             "held out; give more rows, or held-out ones with data.evaluation"
         )
-    return train_rows, evaluation_rows, [train]
+    return train[~is_held_out], train[is_held_out]
 
 
-def _read_source(name: str, raws: Iterator[Raw], data: Data, listing: Path) -> Source:
+def _read_source(
+    name: str, side: Side, raws: Iterator[Raw], data: Data, spool: Spool, faults: FaultLog
+) -> Read:
     """Every usable row of one source. Raises DataError when too many are not, or none is."""
-    source = Source()
+    first, turns_cut = len(spool), 0
+    dropped: Counter[str] = Counter()
     columns: set[str] = set()
+    faults.begin()
     with progress_bar(f"reading {name}", None) as bar:
         for raw in raws:
             bar.advance()
@@ -116,20 +143,22 @@ def _read_source(name: str, raws: Iterator[Raw], data: Data, listing: Path) -> S
                 if isinstance(raw.value, RowError):
                     raise raw.value
                 columns |= raw.value.keys()
-                row, cut = normalise(raw.value, data.format)
-                source.rows.append(Keyed.of(row))
-                source.turns_cut += cut
+                row, cut = normalise(raw.value, data.format, data.learn)
+                spool.add(row)
+                turns_cut += cut
             except RowError as error:
-                source.faults.append(Fault(name, raw.line, error.kind, error.detail))
-    total = len(source.rows) + len(source.faults)
+                faults.add(Fault(name, raw.line, error.kind, error.detail))
+                dropped[error.kind] += 1
+    rows = len(spool) - first
+    total = rows + dropped.total()
     if not total:
         raise DataError(f"{name}: no rows; give a source that has some")
     _check_columns(name, columns, data.format)
-    check_error_rate(name, total, source.faults, data.max_error_rate, listing)
-    if not source.rows:
-        reasons = ", ".join(f"{kind} {count}" for kind, count in counts(source.faults).items())
+    faults.check(name, total, dropped.total(), data.max_error_rate)
+    if not rows:
+        reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(f"{name}: none of its {total} rows can be used ({reasons})")
-    return source
+    return Read(name, side, first, rows, dropped, turns_cut)
 
 
 def _check_columns(name: str, columns: set[str], row_format: DataFormat) -> None:
@@ -150,34 +179,14 @@ def _check_columns(name: str, columns: set[str], row_format: DataFormat) -> None
     )
 
 
-def _write_rows(path: Path, rows: Sequence[Keyed]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for name, keyed in zip(identify(rows), rows, strict=True):
-            # ASCII, because many readers also break lines at U+2028 and its kin.
-            file.write(json.dumps({"id": name, **keyed.row}) + "\n")
-
-
-def _metrics(train: Sequence[Keyed], evaluation: Sequence[Keyed]) -> dict[str, Any]:
-    held_out = {row.key for row in evaluation}
-    held_out_prompts = {_prompt(row.row) for row in evaluation}
+def _metrics(spool: Spool, train: Indices, evaluation: Indices) -> dict[str, Any]:
+    keys, prompts, characters = spool.keys, spool.prompts, spool.characters
     return {
         "train_rows": len(train),
         "evaluation_rows": len(evaluation),
-        "duplicate_rows": len(train) - len({row.key for row in train}),
-        "leaked_rows": sum(row.key in held_out for row in train),
-        "leaked_prompts": sum(_prompt(row.row) in held_out_prompts for row in train),
-        "train_characters": sum(_characters(row.row) for row in train),
-        "evaluation_characters": sum(_characters(row.row) for row in evaluation),
+        "duplicate_rows": len(train) - count_distinct(keys[train]),
+        "leaked_rows": int(np.isin(keys[train], keys[evaluation]).sum()),
+        "leaked_prompts": int(np.isin(prompts[train], prompts[evaluation]).sum()),
+        "train_characters": int(characters[train].sum()),
+        "evaluation_characters": int(characters[evaluation].sum()),
     }
-
-
-def _prompt(row: Row) -> str:
-    """What a row asks, without its last answer."""
-    if "text" in row:
-        return str(row["text"])
-    return json.dumps(row["messages"][: row.get("prompt_turns", -1)], sort_keys=True)
-
-
-def _characters(row: Row) -> int:
-    turns = [*row.get("messages", ()), *row.get("rejected", ())]
-    return sum(len(turn["content"]) for turn in turns) + len(row.get("text", ""))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.config.schema import DataFormat
+from tunesmith.config.schema import DataFormat, Learn
 from tunesmith.data.faults import RowError
 from tunesmith.data.messages import (
     Row,
     brief,
     decoded,
+    learnt,
     objects,
     plain,
     read_messages,
@@ -40,7 +41,9 @@ _SHAREGPT_ROLES = {
 }
 
 
-def normalise(raw: Mapping[str, Any], row_format: DataFormat) -> tuple[Row, int]:
+def normalise(
+    raw: Mapping[str, Any], row_format: DataFormat, learn: Learn = "all"
+) -> tuple[Row, int]:
     """The row in the one shape, and how many turns after its last answer were cut.
 
     Raises RowError when it is not of the format.
@@ -70,10 +73,10 @@ def normalise(raw: Mapping[str, Any], row_format: DataFormat) -> tuple[Row, int]
         case "sharegpt":
             messages = _sharegpt(raw)
         case "preference":
-            pair, cut = read_preference(raw)
+            pair, cut = read_preference(raw, learn)
             return {**pair, **row}, cut
     answered = through_last_answer(messages)
-    return {"messages": answered, **row}, len(messages) - len(answered)
+    return {"messages": learnt(answered, learn), **row}, len(messages) - len(answered)
 
 
 def fitting_formats(columns: Sequence[str]) -> list[DataFormat]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunesmith.config.schema import Learn
 from tunesmith.data.faults import RowError
 
 Row = dict[str, Any]
@@ -50,10 +51,48 @@ def _message(turn: Mapping[str, Any], at: int) -> Row:
         message["reasoning"] = string(reasoning, f"turn {at}: reasoning")
     if role == "assistant" and (calls := decoded(turn.get("tool_calls"))):
         message["tool_calls"] = [_call(call, at) for call in objects(calls, "tool_calls")]
+    if turn.get("weight") is not None and _weight(turn, at) == 0 and role == "assistant":
+        message["weight"] = 0
     for key in ("name", "tool_call_id"):
         if turn.get(key):
             message[key] = string(turn[key], f"turn {at}: {key}")
     return message
+
+
+def _weight(turn: Mapping[str, Any], at: int) -> int:
+    """Whether a message is learnt, as its row says it: 1 or 0."""
+    weight = turn["weight"]
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError("wrong_type", f"turn {at}: weight is 0 or 1, not {brief(weight)}")
+    if weight and turn["role"] != "assistant":
+        raise RowError(
+            "unlearnable_role",
+            f"turn {at}: weight 1 on a {turn['role']}'s message; only the assistant's can be "
+            "learnt, because serving says for no other where it begins",
+        )
+    return int(weight)
+
+
+def leave_out(messages: Sequence[Row], but_last: int = 0) -> list[Row]:
+    """The messages with the assistant's marked as not learnt, all or but for the last few."""
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    left_out = answers[: len(answers) - but_last]
+    return [
+        {**message, "weight": 0} if at in left_out else message
+        for at, message in enumerate(messages)
+    ]
+
+
+def learnt(messages: Sequence[Row], learn: Learn) -> list[Row]:
+    """The messages with those marked that are not to be learnt.
+
+    Raises RowError when no answer is left to learn.
+    """
+    marked = leave_out(messages, but_last=1) if learn == "last" else list(messages)
+    answers = [message for message in marked if message["role"] == "assistant"]
+    if all(message.get("weight") == 0 for message in answers):
+        raise RowError("nothing_learnt", "every answer that could be learnt has weight 0")
+    return marked
 
 
 def _text(content: Any, at: int) -> str:

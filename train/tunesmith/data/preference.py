@@ -6,16 +6,26 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from tunesmith.config.schema import Learn
 from tunesmith.data.faults import RowError
-from tunesmith.data.messages import Row, decoded, read_messages, read_side, through_last_answer
+from tunesmith.data.messages import (
+    Row,
+    decoded,
+    learnt,
+    leave_out,
+    read_messages,
+    read_side,
+    through_last_answer,
+)
 
 
-def read_preference(raw: Mapping[str, Any]) -> tuple[Row, int]:
+def read_preference(raw: Mapping[str, Any], learn: Learn) -> tuple[Row, int]:
     """A pair in the one shape, and how many turns after the last answers were cut.
 
     `prompt`, `chosen` and `rejected` are strings or lists of messages. Without a `prompt`, and
     where `chosen` and `rejected` are whole conversations, the prompt is what both begin with.
-    Raises RowError when there is no prompt, or no two different answers to it.
+    Answers in the prompt are never learnt. Raises RowError when there is no prompt, or no two
+    different answers to it.
     """
     given = raw.get("prompt")
     prompt = [] if given is None else read_side(given, "prompt", "user")
@@ -38,7 +48,12 @@ def read_preference(raw: Mapping[str, Any]) -> tuple[Row, int]:
     if answers[0] == answers[1]:
         raise RowError("equal_answers", "chosen and rejected are the same up to their last answer")
     cut = len(chosen) + len(rejected) + 2 * before - len(answers[0]) - len(answers[1])
-    return {"messages": answers[0], "rejected": answers[1][before:], "prompt_turns": before}, cut
+    chosen, rejected = (one[before:] for one in answers)
+    return {
+        "messages": [*leave_out(prompt), *learnt(chosen, learn)],
+        "rejected": learnt(rejected, learn),
+        "prompt_turns": before,
+    }, cut
 
 
 def _answer(value: Any, column: str, has_prompt: bool) -> list[Row]:

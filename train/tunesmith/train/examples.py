@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,141 +12,240 @@ from numpy.typing import NDArray
 
 from tunesmith.chat import ChatTemplate, Supervised
 from tunesmith.config.errors import DataError
+from tunesmith.config.schema import Data, Truncation
 from tunesmith.terminal import progress_bar
+from tunesmith.train.tokens import Example, TokenRows, TokenWriter
+
+__all__ = ["Example", "Examples", "tokenise_conversations", "tokenise_pairs", "tokenise_texts"]
 
 _TEXTS_PER_CALL = 64
 _SHOWN_FAULTS = 3
 
 
-@dataclass(frozen=True)
-class Example:
-    """One sequence, cut after the last token from which anything is learnt."""
-
-    input_ids: NDArray[np.int32]
-
-    learnt: NDArray[np.bool_]
-    """True where the token is a target; never at the first token, which nothing predicts."""
+class TooLong(DataError):
+    """A row that does not fit, where the recipe asks for an error."""
 
 
 @dataclass
 class Examples:
     """Sequences to train or to evaluate on."""
 
-    rows: list[Example] = field(default_factory=list)
+    rows: list[Example] | TokenRows = field(default_factory=list)
+    read: int = 0
+    """Rows that were looked at."""
+
+    kept: int = 0
+    """Sequences (of preferences: pairs) that are in `rows`."""
+
     truncated: int = 0
-    """Longer than the limit: cut at the end."""
+    """Longer than the limit: cut to it."""
 
     dropped: int = 0
     """Nothing to learn was left within the limit."""
 
+    too_long: int = 0
+    """Those of the dropped that are longer than the limit and were not to be cut."""
+
     faults: list[str] = field(default_factory=list)
     """Rows that the chat template or its proof refused, with the reason."""
 
+    writer: TokenWriter | None = field(default=None, repr=False)
+    """Where sequences go in place of `rows` while they are made."""
+
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.lengths
         return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
 
     def supervised(self) -> NDArray[np.int64]:
         """Learnt tokens of each sequence."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.supervised
         return np.array([row.learnt.sum() for row in self.rows], dtype=np.int64)
 
-    def add(self, input_ids: Sequence[int], learnt: Sequence[bool], max_length: int) -> None:
-        """Keep what fits and can be learnt, and count what does not."""
-        if example := self._cut(input_ids, learnt, max_length):
-            self.rows.append(example)
-        else:
-            self.dropped += 1
+    def add(
+        self,
+        input_ids: Sequence[int],
+        learnt: Sequence[bool],
+        max_length: int,
+        truncation: Truncation = "end",
+    ) -> None:
+        """Keep what fits and can be learnt, and count what does not. Raises TooLong."""
+        self._keep([self._cut(input_ids, learnt, max_length, truncation)])
 
-    def add_pair(self, chosen: Supervised, rejected: Supervised, max_length: int) -> None:
-        """Keep both answers in this order, or count one dropped row when either has nothing to
-        learn within the limit or nothing in which they differ."""
-        pair = [self._cut(one.input_ids, one.mask, max_length) for one in (chosen, rejected)]
-        if pair[0] and pair[1] and not np.array_equal(pair[0].input_ids, pair[1].input_ids):
-            self.rows += [pair[0], pair[1]]
-        else:
+    def add_pair(
+        self,
+        chosen: Supervised,
+        rejected: Supervised,
+        max_length: int,
+        truncation: Truncation = "end",
+    ) -> None:
+        """Keep both answers in this order, or count one dropped pair when either has nothing to
+        learn within the limit or nothing in which they differ. Raises TooLong."""
+        too_long = self.too_long
+        pair = [
+            self._cut(one.input_ids, one.mask, max_length, truncation) for one in (chosen, rejected)
+        ]
+        self.too_long = min(self.too_long, too_long + 1)
+        if pair[0] and pair[1] and np.array_equal(pair[0].input_ids, pair[1].input_ids):
+            pair = [None]
+        self._keep(pair)
+
+    def _keep(self, examples: Sequence[Example | None]) -> None:
+        if None in examples:
             self.dropped += 1
+            return
+        self.kept += 1
+        rows = self.writer or self.rows
+        assert not isinstance(rows, TokenRows), "files are only written through their writer"
+        for example in examples:
+            assert example
+            rows.append(example)
 
     def _cut(
-        self, input_ids: Sequence[int], learnt: Sequence[bool], max_length: int
+        self,
+        input_ids: Sequence[int],
+        learnt: Sequence[bool],
+        max_length: int,
+        truncation: Truncation,
     ) -> Example | None:
-        self.truncated += len(input_ids) > max_length
-        mask = np.array(learnt[:max_length], dtype=np.bool_)
+        """The part of a sequence that is trained on; None when there is nothing to learn in it."""
+        mask = np.array(learnt, dtype=np.bool_)
         mask[:1] = False
-        targets = np.flatnonzero(mask)
-        if not len(targets):
-            return None
         # Attention is causal: nothing after the last target can change any loss.
-        end = int(targets[-1]) + 1
-        return Example(np.array(input_ids[:end], dtype=np.int32), mask[:end])
+        start, end = 0, _end(mask)
+        if end > max_length:
+            match truncation:
+                case "end":
+                    end = _end(mask[:max_length])
+                case "start":
+                    start = end - max_length
+                    mask[start] = False
+                case "drop":
+                    self.too_long += 1
+                    return None
+                case "error":
+                    raise TooLong(
+                        f"{end:,} tokens, more than data.max_length ({max_length:,}); raise it, "
+                        "or choose with data.truncation what becomes of longer rows"
+                    )
+            self.truncated += 1
+        if not mask[start:end].any():
+            return None
+        return Example(np.array(input_ids[start:end], dtype=np.int32), mask[start:end])
+
+    def check(self, data: Data) -> None:
+        """Raises DataError when more was lost than the recipe allows, or nothing is left."""
+        if len(self.faults) > data.max_error_rate * self.read:
+            shown = "\n".join(f"  {fault}" for fault in self.faults[:_SHOWN_FAULTS])
+            raise DataError(
+                f"{len(self.faults)} of {self.read} rows cannot be learnt (data.max_error_rate is "
+                f"{data.max_error_rate}):\n{shown}"
+            )
+        if not self.kept:
+            raise DataError(
+                f"nothing to learn: within data.max_length ({data.max_length} tokens) none of "
+                f"{self.read} rows has an assistant's token; raise data.max_length"
+            )
+        if self.dropped > data.max_dropped_rate * (self.kept + self.dropped):
+            raise DataError(
+                f"{self.dropped} of {self.kept + self.dropped} sequences are left out because "
+                f"nothing to learn is within data.max_length ({data.max_length} tokens), more than "
+                f"data.max_dropped_rate ({data.max_dropped_rate:g}) allows; raise data.max_length, "
+                "or data.max_dropped_rate to go on without them"
+            )
+
+
+def _end(mask: NDArray[np.bool_]) -> int:
+    """Where a sequence can end: after its last target."""
+    targets = np.flatnonzero(mask)
+    return int(targets[-1]) + 1 if len(targets) else 0
 
 
 def tokenise_conversations(
     rows: Iterable[dict[str, Any]],
     template: ChatTemplate,
-    max_length: int,
-    max_error_rate: float,
+    data: Data,
     total: int | None = None,
+    writer: TokenWriter | None = None,
 ) -> Examples:
     """Conversations as the chat template renders them, learning the assistant's turns.
 
-    Raises DataError when more rows than `max_error_rate` cannot be rendered, or none can be learnt.
+    Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-    found = Examples()
-    count = 0
-    with progress_bar("tokenising", total) as bar:
-        for row in rows:
-            count += 1
-            bar.advance()
-            try:
-                for one in template.examples(row["messages"], tools=row.get("tools")):
-                    found.add(one.input_ids, one.mask, max_length)
-            except DataError as error:
-                found.faults.append(f"row {row['id']}: {error}")
-    _check(found, count, max_length, max_error_rate)
-    return found
+
+    def add(found: Examples, row: dict[str, Any]) -> None:
+        for one in template.examples(row["messages"], tools=row.get("tools")):
+            found.add(one.input_ids, one.mask, data.max_length, data.truncation)
+
+    return _tokenise(rows, add, data, total, writer)
 
 
 def tokenise_pairs(
     rows: Iterable[dict[str, Any]],
     template: ChatTemplate,
-    max_length: int,
-    max_error_rate: float,
+    data: Data,
     total: int | None = None,
+    writer: TokenWriter | None = None,
 ) -> Examples:
-    """Preferences as alternating sequences: those of row pair i are `2 i`, with the better answer,
-    and `2 i + 1`, with the worse. Only what follows the prompt is learnt.
+    """Preferences as alternating sequences: those of pair i are `2 i`, with the better answer, and
+    `2 i + 1`, with the worse. Only what follows the prompt is learnt.
 
-    Raises DataError when more rows than `max_error_rate` cannot be rendered, or none can be learnt.
+    Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-    found = Examples()
-    count = 0
-    with progress_bar("tokenising", total) as bar:
-        for row in rows:
-            count += 1
-            bar.advance()
-            prompt = row["messages"][: row["prompt_turns"]]
-            try:
-                chosen = _supervise_answer(template, prompt, row["messages"][len(prompt) :], row)
-                rejected = _supervise_answer(template, prompt, row["rejected"], row)
-                found.add_pair(chosen, rejected, max_length)
-            except DataError as error:
-                found.faults.append(f"row {row['id']}: {error}")
-    _check(found, count, max_length, max_error_rate)
-    return found
+
+    def add(found: Examples, row: dict[str, Any]) -> None:
+        turns = row["prompt_turns"]
+        prompt, chosen = row["messages"][:turns], row["messages"][turns:]
+        found.add_pair(
+            _supervise_answer(template, prompt, chosen, row.get("tools")),
+            _supervise_answer(template, prompt, row["rejected"], row.get("tools")),
+            data.max_length,
+            data.truncation,
+        )
+
+    return _tokenise(rows, add, data, total, writer)
 
 
 def _supervise_answer(
-    template: ChatTemplate, prompt: list[Any], answer: list[Any], row: dict[str, Any]
+    template: ChatTemplate, prompt: list[Any], answer: list[Any], tools: list[Any] | None
 ) -> Supervised:
     """A conversation of which the answer alone is learnt. It has to be one sequence: raises
     HistoryDiffers when the template rewrites its first turns once others follow."""
     messages = [*prompt, *answer]
-    turns = [at for at in range(len(prompt), len(messages)) if messages[at]["role"] == "assistant"]
-    return template.supervise(messages, tools=row.get("tools"), turns=turns)
+    turns = [turn for turn in template.learnt_turns(messages) if turn >= len(prompt)]
+    return template.supervise(messages, tools=tools, turns=turns)
+
+
+def _tokenise(
+    rows: Iterable[dict[str, Any]],
+    add: Callable[[Examples, dict[str, Any]], None],
+    data: Data,
+    total: int | None,
+    writer: TokenWriter | None,
+) -> Examples:
+    found = Examples(writer=writer)
+    with progress_bar("tokenising", total) as bar:
+        for row in rows:
+            found.read += 1
+            bar.advance()
+            try:
+                add(found, row)
+            except TooLong as error:
+                raise TooLong(f"row {row['id']}: {error}") from error
+            except DataError as error:
+                found.faults.append(f"row {row['id']}: {error}")
+    found.check(data)
+    return found
 
 
 def tokenise_texts(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, max_length: int, total: int | None = None
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    data: Data,
+    total: int | None = None,
+    writer: TokenWriter | None = None,
 ) -> Examples:
     """Texts, each ended by the end-of-sequence token, back to back in sequences of `max_length`,
     learning every token.
@@ -155,19 +254,20 @@ def tokenise_texts(
     """
     if tokenizer.eos_token_id is None:
         raise DataError("data.format: text needs a tokenizer with an end-of-sequence token")
-    found = Examples()
+    found, max_length = Examples(writer=writer), data.max_length
     tokens: list[int] = []
     with progress_bar("tokenising", total) as bar:
         for texts in _groups((row["text"] for row in rows), _TEXTS_PER_CALL):
             for ids in tokenizer(texts, verbose=False)["input_ids"]:
                 tokens += chain(ids, [tokenizer.eos_token_id])
+                found.read += 1
                 bar.advance()
             whole = len(tokens) - len(tokens) % max_length
             _add_chunks(found, tokens[:whole], max_length)
             tokens = tokens[whole:]
     if len(tokens) > 1:
         _add_chunks(found, tokens, max_length)
-    _check(found, 1, max_length, 0.0)
+    found.check(data)
     return found
 
 
@@ -186,17 +286,3 @@ def _groups(items: Iterable[str], size: int) -> Iterator[list[str]]:
             group = []
     if group:
         yield group
-
-
-def _check(found: Examples, rows: int, max_length: int, max_error_rate: float) -> None:
-    if len(found.faults) > max_error_rate * rows:
-        shown = "\n".join(f"  {fault}" for fault in found.faults[:_SHOWN_FAULTS])
-        raise DataError(
-            f"{len(found.faults)} of {rows} rows cannot be learnt (data.max_error_rate is "
-            f"{max_error_rate}):\n{shown}"
-        )
-    if not found.rows:
-        raise DataError(
-            f"nothing to learn: within data.max_length ({max_length} tokens) none of {rows} rows "
-            "has an assistant's token; raise data.max_length"
-        )
