@@ -128,7 +128,7 @@ class Trainer:
             if not resumed:
                 self._evaluate()
             while self.progress.step < self.total_steps and not self._has_stalled:
-                gradient_norm = self._step(self._order.rows(self.progress.step))
+                gradient_norm = self.advance()
                 self._report(gradient_norm, bar)
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
@@ -139,6 +139,23 @@ class Trainer:
         if self.settings.load_best_model_at_end:
             self._checkpoints.load_best(self._trained)
         return progress
+
+    def advance(self) -> torch.Tensor:
+        """One optimizer step over the rows that are next; returns the norm of the gradient."""
+        return self._step(self.next_rows)
+
+    @property
+    def next_rows(self) -> Rows:
+        """The rows of all ranks that the next step sees."""
+        return self._order.rows(self.progress.step)
+
+    def take_window_loss(self) -> float:
+        """Nats per learnt token since the last call. Waits for the device."""
+        nats: float = self.accelerator.reduce(self._window_nats).item()
+        loss = nats / self.progress.window_tokens
+        self._window_nats.zero_()
+        self.progress.window_tokens, self.progress.window_s = 0, 0.0
+        return loss
 
     def _step(self, rows: Rows) -> torch.Tensor:
         """One optimizer step over the rows of all ranks; returns the norm of the gradient."""
@@ -180,9 +197,8 @@ class Trainer:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""
         progress = self.progress
         if self._due(self.settings.logging_steps):
-            nats = self.accelerator.reduce(self._window_nats).item()
-            progress.final_loss = nats / progress.window_tokens
             tokens_per_s = progress.window_tokens / progress.window_s
+            progress.final_loss = self.take_window_loss()
             if not math.isfinite(progress.final_loss):
                 raise TunesmithError(
                     f"the loss is {progress.final_loss} at step {progress.step}; lower "
@@ -197,8 +213,6 @@ class Trainer:
                 elapsed_s=round(time.monotonic() - self._since, 3),
             )
             self._note = f"loss {progress.final_loss:.3f}, {tokens_per_s:,.0f} supervised tok/s"
-            self._window_nats.zero_()
-            progress.window_tokens, progress.window_s = 0, 0.0
         bar.advance(1, self._note)
 
     @torch.no_grad()

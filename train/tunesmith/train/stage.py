@@ -26,6 +26,7 @@ from tunesmith.train.language import (
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
+from tunesmith.train.ready import check_precision, make_ready
 from tunesmith.train.save import save_adapter, save_model
 
 _INITIAL = "initial"
@@ -62,7 +63,7 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
     with write_together(stages, stages.trained) as work:
-        parts = _prepare(recipe, dataset, base, accelerator)
+        parts = prepare(recipe, dataset, base, accelerator)
         job = Job(
             TokenLoss(parts.model, parts.dtype),
             parts.train,
@@ -82,9 +83,11 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     return stages.made(stages.trained)
 
 
-def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+    """The rows in tokens and the model made ready; seeds every random choice."""
     assert recipe.train and recipe.data
     train, device = recipe.train, accelerator.device
+    check_precision(train, device)
     dtype = models.torch_dtype(recipe.model.dtype, device)
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
@@ -110,12 +113,7 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
         longest=max(len(row.input_ids) for row in rows),
         largest_id=max(int(row.input_ids.max()) for row in rows),
     )
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if base and train.method in ("lora", "qlora"):
-        model = models.add_adapter(model, train.lora)
-    if train.neftune_noise_alpha:
-        models.add_noise(model, train.neftune_noise_alpha)
+    model = make_ready(model, train)
     parameters = models.count_parameters(model)
     if accelerator.is_main_process:
         if train.method in ("lora", "qlora"):
