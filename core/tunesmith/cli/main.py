@@ -45,6 +45,7 @@ _COMMANDS = {
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
+    "bench train": ("tunesmith.train.bench", "train"),
 }
 
 
@@ -114,6 +115,29 @@ def batch(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 def serve(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Serve the OpenAI API until Ctrl-C."""
     _execute("serve", recipe, overrides, as_json)
+
+
+@bench_app.command("train")
+def bench_train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights and rows: tiny, llama-1b, llama-8b or llama-70b."),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each random row.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a round.")] = 10,
+    warmup_steps: Annotated[int, typer.Option(help="Steps before the first round.")] = 5,
+    rounds: Annotated[int, typer.Option(help="How often it is measured.")] = 3,
+    peer: Annotated[
+        str | None, typer.Option(help="Also train with this program, in turns: trl.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Training speed, memory, and the share of what this device can do."""
+    options = {"shape": shape, "length": length, "peer": peer}
+    counts = {"steps": steps, "warmup_steps": warmup_steps, "rounds": rounds}
+    _execute("bench train", recipe, overrides, as_json, **options, **counts)
 
 
 @bench_app.command("batch")

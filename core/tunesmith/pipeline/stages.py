@@ -91,7 +91,7 @@ class Stages:
             "train": _drop(
                 train,
                 *("merge", "save_steps", "logging_steps", "report_to", "sharding"),
-                "per_device_eval_batch_size",
+                *("per_device_eval_batch_size", "torch_compile"),
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),
@@ -208,14 +208,12 @@ class Stages:
         """Speed and cost of every tuned variant on this machine; `mode` is batch or serve."""
         if self.recipe.bench is None:
             raise UserError(f"{self.path}: this needs a bench section")
-        machine = describe_environment()
         section = {
             "mode": mode,
             "bench": self.recipe.bench.model_dump(mode="json"),
             "engine": self._engine,
             "price": self.recipe.price.model_dump(mode="json") if self.recipe.price else None,
-            "machine": {key: machine[key] for key in ("cpu", "cpu_count")}
-            | {"gpus": list(machine["gpus"])},
+            "machine": self._machine,
             "seed": self.recipe.seed,
         }
         parents = {name: self.variants[name].id for name in self.benchmarked}
@@ -224,6 +222,27 @@ class Stages:
         if self.recipe.data:
             parents["data"] = self.dataset.id
         return self._draft("bench", f"bench {mode}", section, self._template, parents)
+
+    def bench_train(self, workload: Mapping[str, Any]) -> Draft:
+        """Speed and memory of the training on this machine; `workload` is what the measurement adds
+        to the recipe, with the shape that takes the place of its model and rows, if any."""
+        if self.recipe.train is None:
+            raise UserError(f"{self.path}: this needs a train section")
+        section = {
+            "mode": "train",
+            "workload": dict(workload),
+            "train": self.recipe.train.model_dump(mode="json"),
+            "model": _pick(self.recipe.model, "dtype"),
+            "data": _pick(self.recipe.data, "max_length") if self.recipe.data else {},
+            "machine": self._machine,
+            "seed": self.recipe.seed,
+        }
+        if workload["shape"]:
+            return self._draft("bench", "bench train", section)
+        parents = {"data": self.dataset.id}
+        if self.recipe.train.method != "pretrain":
+            parents["base"] = self.base.id
+        return self._draft("bench", "bench train", section, self._template, parents)
 
     @property
     def benchmarked(self) -> tuple[str, ...]:
@@ -275,6 +294,12 @@ class Stages:
         if not template.is_file():
             raise UserError(f"{self.path}: model.chat_template: no such file: {template}")
         return {"chat_template": self.store.digest(template)}
+
+    @property
+    def _machine(self) -> dict[str, Any]:
+        """What a measured speed depends on."""
+        found = describe_environment()
+        return {key: found[key] for key in ("cpu", "cpu_count")} | {"gpus": list(found["gpus"])}
 
     @property
     def _engine(self) -> dict[str, Any]:

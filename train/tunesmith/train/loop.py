@@ -153,7 +153,7 @@ class Trainer:
             if not resumed:
                 self._evaluate()
             while self.progress.step < self.total_steps and not self._has_stalled:
-                gradient_norm = self._step(self._order.groups(self.progress.step))
+                gradient_norm = self.advance()
                 self._report(gradient_norm, bar)
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
@@ -165,6 +165,25 @@ class Trainer:
         if self.settings.load_best_model_at_end:
             self._checkpoints.load_best(self._trained)
         return progress
+
+    def advance(self) -> torch.Tensor:
+        """One optimizer step over what is next; returns the norm of the gradient."""
+        return self._step(self._order.groups(self.progress.step))
+
+    @property
+    def next_rows(self) -> Rows:
+        """The rows of all ranks that the next step sees."""
+        return self._train.groups.rows_of(self._order.groups(self.progress.step))
+
+    def take_window(self) -> dict[str, float]:
+        """The objective's figures over the steps since the last call. Waits for the device."""
+        progress = self.progress
+        sums = self.accelerator.reduce(self._window_sums)
+        figures = self._train.named(sums, progress.window_count)
+        self._window_sums.zero_()
+        progress.window_count = progress.window_tokens = 0
+        progress.window_s = 0.0
+        return figures
 
     def _step(self, groups: Rows) -> torch.Tensor:
         """One optimizer step over the groups of all ranks; returns the norm of the gradient."""
@@ -205,10 +224,9 @@ class Trainer:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""
         progress = self.progress
         if self._due(self.settings.logging_steps):
-            sums = self.accelerator.reduce(self._window_sums)
-            figures = self._train.named(sums, progress.window_count)
-            progress.final_loss = figures["loss"]
             tokens_per_s = progress.window_tokens / progress.window_s
+            figures = self.take_window()
+            progress.final_loss = figures["loss"]
             if not math.isfinite(progress.final_loss):
                 raise TunesmithError(
                     f"the loss is {progress.final_loss} at step {progress.step}; lower "
@@ -223,9 +241,6 @@ class Trainer:
                 elapsed_s=round(time.monotonic() - self._since, 3),
             )
             self._note = f"loss {progress.final_loss:.3f}, {tokens_per_s:,.0f} supervised tok/s"
-            self._window_sums.zero_()
-            progress.window_count = progress.window_tokens = 0
-            progress.window_s = 0.0
         bar.advance(1, self._note)
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tunesmith.config.errors import ModelError
 from tunesmith.config.schema import Recipe, Train
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
@@ -25,13 +24,12 @@ from tunesmith.train.language import (
     learn_language,
     read_language,
 )
-from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
-from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
+from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
+from tunesmith.train.ready import check_precision, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
 from tunesmith.train.sharding import check_processes, fill, hollow, shard
-from tunesmith.train.side import Layout
 from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
@@ -71,7 +69,7 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     if is_sharded:
         check_processes(accelerator)
     with write_together(stages, stages.trained) as work:
-        parts = _prepare(recipe, dataset, base, accelerator)
+        parts = prepare(recipe, dataset, base, accelerator)
         saved = hollow(parts.model) if is_sharded else parts.model
         loss = TokenLoss(parts.model, parts.dtype)
         if is_sharded:
@@ -81,7 +79,7 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
             loss,
             parts.train,
             parts.evaluation,
-            _choose_layout(recipe, parts, loss, accelerator),
+            choose_layout(recipe, parts.train.rows, loss, accelerator),
             recipe.train,
             parts.dtype,
             recipe.seed,
@@ -99,9 +97,11 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     return stages.made(stages.trained)
 
 
-def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+    """The rows in tokens and the model made ready; seeds every random choice."""
     assert recipe.train and recipe.data
     train, device = recipe.train, accelerator.device
+    check_precision(train, device)
     dtype = models.torch_dtype(recipe.model.dtype, device)
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
@@ -130,14 +130,7 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
         longest=max(len(row.input_ids) for row in rows),
         largest_id=max(int(row.input_ids.max()) for row in rows),
     )
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if base and train.method in ("lora", "qlora"):
-        model = models.add_adapter(model, train.lora)
-        if train.lora.init_lora_weights == "loftq":
-            mend_quantization(model, base.root)
-    if train.neftune_noise_alpha:
-        models.add_noise(model, train.neftune_noise_alpha)
+    model = make_ready(model, train, base.root if base else None)
     parameters = models.count_parameters(model)
     if accelerator.is_main_process:
         if train.method in ("lora", "qlora"):
@@ -147,31 +140,6 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
             f"({parameters.share:.2%}) on {len(examples.rows):,} sequences"
         )
     return Parts(language, examples, held_out, model, dtype, parameters)
-
-
-def _choose_layout(recipe: Recipe, parts: Parts, loss: TokenLoss, accelerator: Any) -> Layout:
-    """How rows stand together: the fastest way that keeps them apart on this model and device.
-
-    Raises ModelError when rows are to be packed and the model would mix them.
-    """
-    assert recipe.train and recipe.data
-    train, device = recipe.train, accelerator.device
-    # On a CPU padded batches of like length take fewer, larger kernels; noise depends on them.
-    by_default = device.type == "cuda" and not train.neftune_noise_alpha
-    layout, how = Layout(), "in padded batches of like length"
-    if train.packing or by_default:
-        fault = keep_documents_apart(loss, parts.train.rows, device)
-        if fault and train.packing:
-            raise ModelError(f"train.packing: {fault}; set train.packing: false")
-        if fault:
-            how += f" ({fault})"
-        else:
-            layout = Layout(True, recipe.data.max_length if train.packing else None)
-            kernel = "one variable-length kernel" if device.type == "cuda" else "kernel by kernel"
-            how = f"{'packed' if train.packing else 'back to back'}, attention in each ({kernel})"
-    if accelerator.is_main_process:
-        log(f"sequences stand {how}")
-    return layout
 
 
 def _save(parts: Parts, train: Train, work: Work, base: Artifact | None) -> None:
