@@ -56,23 +56,38 @@ def test_the_loss_is_the_plain_one(family: str, base_of: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("is_frozen", [False, True])
 def test_the_full_logits_never_exist(
-    family: str, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str, is_frozen: bool, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_of(family))
-    loss = TokenLoss(model, torch.float32)
+    model.get_input_embeddings().requires_grad_(not is_frozen)
+    model.lm_head.requires_grad_(not is_frozen)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     batch = collate(make_examples(6))
-    whole = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
-    theirs = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
+    # Some objectives weigh each row by itself.
+    weight_N = torch.rand(len(batch.targets_N))
+    logits_SV = model(input_ids=batch.input_ids_BS, use_cache=False).logits.flatten(0, 1)
+    chosen_NV = logits_SV.float()[batch.positions_N]
+    whole = F.cross_entropy(chosen_NV, batch.targets_N, reduction="none") @ weight_N
+    theirs = torch.autograd.grad(whole, weights)
+
+    loss = TokenLoss(model, torch.float32)
     made: list[int] = []
     model.lm_head.register_forward_hook(lambda _layer, _inputs, output: made.append(output.numel()))
     monkeypatch.setattr("tunesmith.train.loss._LARGEST_LOGITS", 10 * 512 + 3)
-    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
+    monkeypatch.setattr("tunesmith.train.loss._FROZEN_LOGITS", 10 * 512 + 3)
+    monkeypatch.setattr("tunesmith.train.loss._FEWEST_ROWS", {"cpu": 1})
+    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N) @ weight_N
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0.0)
-    ours = torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)
-    for one, other in zip(theirs, ours, strict=True):
+    for one, other in zip(theirs, torch.autograd.grad(parts, weights), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert max(made) == 10 * 512 and len(made) == 2 * -(-len(batch.targets_N) // 10)
+    # A frozen head computes each logit once.
+    times = 1 if is_frozen else 2
+    assert max(made) == 10 * 512 and len(made) == times * -(-len(batch.targets_N) // 10)
+    with torch.no_grad():
+        again = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N) @ weight_N
+    torch.testing.assert_close(again, whole, rtol=1e-6, atol=0.0)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

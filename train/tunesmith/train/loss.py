@@ -20,7 +20,13 @@ from tunesmith.train import attention
 from tunesmith.train.examples import Example
 
 _LARGEST_LOGITS = 2**26
-"""Elements of one matrix of logits: 256 MiB in float32."""
+"""Elements of one matrix of logits where the head is trained: 256 MiB in float32."""
+
+_FROZEN_LOGITS = 2**20
+"""Elements of one where it is frozen, and nothing is computed twice: 4 MiB stay near the processor."""
+
+_FEWEST_ROWS = {"cpu": 128, "cuda": 1024}
+"""But never fewer rows at a time than keep a device busy."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,14 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Loss in nats of each target [N]."""
         hidden_ND = self._hidden(input_ids_BS, positions_N, bounds, longest)
+        if self._has_frozen_head:
+            fewest = _FEWEST_ROWS[hidden_ND.device.type]
+            rows = max(fewest, _FROZEN_LOGITS // self._vocabulary)
+            if torch.is_grad_enabled() and hidden_ND.requires_grad:
+                nats_N: Tensor = _GradientKept.apply(hidden_ND, targets_N, self._nats, rows)
+                return nats_N
+            chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+            return torch.cat([self._nats(*chunk) for chunk in chunks])
         rows = max(1, _LARGEST_LOGITS // self._vocabulary)
         if len(targets_N) <= rows:
             return self._nats(hidden_ND, targets_N)
@@ -181,12 +195,45 @@ class TokenLoss(nn.Module):
         return output
 
     @property
+    def _has_frozen_head(self) -> bool:
+        head = self._parts[0].get_output_embeddings()
+        # In float16 a gradient that is not scaled yet could vanish.
+        return self._dtype != torch.float16 and not any(
+            weight.requires_grad for weight in head.parameters()
+        )
+
+    @property
     def _vocabulary(self) -> int:
         return int(self._parts[0].get_output_embeddings().weight.shape[0])
 
     def _precision(self, like: Tensor) -> Any:
         is_reduced = self._dtype != torch.float32
         return torch.autocast(like.device.type, self._dtype, enabled=is_reduced)
+
+
+class _GradientKept(torch.autograd.Function):
+    """A loss per row, whose gradient by that row is computed while its logits are there.
+
+    A frozen head needs nothing else of them, so neither logits nor a second computation of them
+    are left for the backward pass: [N, D] are kept in place of [N, V].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, nats_of: Any, rows: int) -> Tensor:
+        nats, gradients = [], []
+        for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+            with torch.enable_grad():
+                hidden_CD = hidden_CD.detach().requires_grad_()
+                nats_C = nats_of(hidden_CD, targets_C)
+                gradients += torch.autograd.grad(nats_C.sum(), hidden_CD)
+            nats.append(nats_C.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(nats)
+
+    @staticmethod
+    def backward(ctx: Any, weights_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient_ND,) = ctx.saved_tensors
+        return (gradient_ND * weights_N.unsqueeze(1)).to(gradient_ND.dtype), None, None, None
 
 
 @torch.no_grad()
