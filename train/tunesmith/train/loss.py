@@ -23,7 +23,11 @@ _LARGEST_LOGITS = 2**26
 """Elements of one matrix of logits where the head is trained: 256 MiB in float32."""
 
 _FROZEN_LOGITS = 2**20
-"""Elements of one where it is frozen, and nothing is computed twice: 4 MiB stay near the processor."""
+"""Elements of one where it is frozen, and nothing is computed twice: 4 MiB stay near a processor."""
+
+_ROUND_TOKENS = 16
+"""Libraries keep a compiled kernel for each shape that they have seen: with few shapes, few. FP8
+products know no others."""
 
 _FEWEST_ROWS = {"cpu": 128, "cuda": 1024}
 """But never fewer rows at a time than keep a device busy."""
@@ -61,17 +65,19 @@ class Batch:
         return Batch(**found)
 
 
-def collate(examples: Sequence[Example], as_documents: bool = False) -> Batch:
-    """Pad to the longest, or set the sequences back to back.
+def collate(examples: Sequence[Example], as_documents: bool = False, widest: int = 0) -> Batch:
+    """Pad to the longest (and on to a round width, up to `widest`), or set the sequences back to
+    back (and one of padding after them, up to a round number of tokens).
 
     No attention mask is needed, because padding stands after all that is learnt and attention is
     causal.
     """
     # The last token of a sequence is only ever a target.
     lengths = np.array([len(example.input_ids) - 1 for example in examples])
-    width = int(lengths.max())
+    longest, total = int(lengths.max()), int(lengths.sum())
+    width = max(longest, min(_round(longest), widest))
     starts = np.cumsum(lengths) - lengths if as_documents else np.arange(len(lengths)) * width
-    ids = np.zeros(lengths.sum() if as_documents else len(lengths) * width, dtype=np.int64)
+    ids = np.zeros(_round(total) if as_documents else len(lengths) * width, dtype=np.int64)
     positions, targets = [], []
     for example, start, length in zip(examples, starts, lengths, strict=True):
         ids[start : start + length] = example.input_ids[:-1]
@@ -79,7 +85,7 @@ def collate(examples: Sequence[Example], as_documents: bool = False) -> Batch:
         positions.append(start + learnt)
         targets.append(example.input_ids[1:][learnt].astype(np.int64))
     rows_N = np.repeat(np.arange(len(targets)), [len(found) for found in targets])
-    bounds = np.append(starts, lengths.sum()).astype(np.int32)
+    bounds = np.unique([*starts, total, len(ids)]).astype(np.int32)
     return Batch(
         torch.from_numpy(ids.reshape(1 if as_documents else len(lengths), -1)),
         torch.from_numpy(np.concatenate(positions)),
@@ -87,8 +93,12 @@ def collate(examples: Sequence[Example], as_documents: bool = False) -> Batch:
         torch.from_numpy(rows_N),
         len(examples),
         torch.from_numpy(bounds) if as_documents else None,
-        width,
+        max(longest, len(ids) - total) if as_documents else longest,
     )
+
+
+def _round(tokens: int) -> int:
+    return tokens + -tokens % _ROUND_TOKENS
 
 
 class TokenLoss(nn.Module):

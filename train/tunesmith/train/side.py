@@ -48,6 +48,7 @@ class Side:
         self.objective = make_objective(preference)
         self._rows, self._layout, self._accelerator = examples.rows, layout, accelerator
         self._lengths, self._supervised = examples.lengths(), examples.supervised()
+        self._widest = int(self._lengths.max())
         self.groups = (
             Groups.packed(self._lengths, layout.block_tokens, seed)
             if layout.block_tokens
@@ -128,7 +129,8 @@ class Side:
 
     def _nats(self, model: Any, rows: Rows) -> tuple[Tensor, Batch]:
         rows = rows if len(rows) else self._placeholder
-        batch = collate([self._rows[row] for row in rows], self._layout.as_documents)
+        examples = [self._rows[row] for row in rows]
+        batch = collate(examples, self._layout.as_documents, self._widest)
         batch = batch.to(self._accelerator.device)
         nats_N: Tensor = model(
             batch.input_ids_BS, batch.positions_N, batch.targets_N, batch.bounds, batch.longest
