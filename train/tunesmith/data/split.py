@@ -40,8 +40,8 @@ def hold_out(keys: Keys, fraction: float) -> NDArray[np.bool_]:
 def choose(keys: Keys, limit: int, seed: int) -> Indices:
     """Indices of `limit` of the rows in their order, the same rows for a seed however they are
     ordered; all when they are fewer."""
-    if len(keys) <= limit:
-        return np.arange(len(keys))
+    if not limit or len(keys) <= limit:
+        return np.arange(min(limit, len(keys)))
     draws = bytearray()
     for name in identify(keys):
         draws += hashlib.sha256(f"{seed} {name}".encode()).digest()
