@@ -113,27 +113,24 @@ class Examples:
         """The part of a sequence that is trained on; None when there is nothing to learn in it."""
         mask = np.array(learnt, dtype=np.bool_)
         mask[:1] = False
-        # Attention is causal: nothing after the last target can change any loss.
-        start, end = 0, _end(mask)
-        if end > max_length:
+        length = _end(mask)
+        if length > max_length:
             match truncation:
-                case "end":
-                    end = _end(mask[:max_length])
-                case "start":
-                    start = end - max_length
-                    mask[start] = False
+                case "error":
+                    raise TooLong(
+                        f"{length:,} tokens, more than data.max_length ({max_length:,}); raise it, "
+                        "or choose with data.truncation what becomes of longer rows"
+                    )
                 case "drop":
                     self.too_long += 1
                     return None
-                case "error":
-                    raise TooLong(
-                        f"{end:,} tokens, more than data.max_length ({max_length:,}); raise it, "
-                        "or choose with data.truncation what becomes of longer rows"
-                    )
             self.truncated += 1
-        if not mask[start:end].any():
+        part = kept_part(mask, max_length, truncation)
+        mask = mask[part]
+        mask[:1] = False
+        if not mask.any():
             return None
-        return Example(np.array(input_ids[start:end], dtype=np.int32), mask[start:end])
+        return Example(np.array(input_ids[part], dtype=np.int32), mask)
 
     def check(self, data: Data) -> None:
         """Raises DataError when more was lost than the recipe allows, or nothing is left."""
@@ -157,9 +154,24 @@ class Examples:
             )
 
 
-def _end(mask: NDArray[np.bool_]) -> int:
+def kept_part(learnt: NDArray[np.bool_], max_length: int, truncation: Truncation) -> slice:
+    """The tokens of a sequence that are trained on; none of one that is too long to be."""
+    # Attention is causal: nothing after the last target can change any loss.
+    length = _end(learnt)
+    if length <= max_length:
+        return slice(0, length)
+    match truncation:
+        case "end":
+            return slice(0, _end(learnt[:max_length]))
+        case "start":
+            return slice(length - max_length, length)
+        case _:
+            return slice(0, 0)
+
+
+def _end(learnt: NDArray[np.bool_]) -> int:
     """Where a sequence can end: after its last target."""
-    targets = np.flatnonzero(mask)
+    targets = np.flatnonzero(learnt)
     return int(targets[-1]) + 1 if len(targets) else 0
 
 
@@ -196,26 +208,22 @@ def tokenise_pairs(
     """
 
     def add(found: Examples, row: dict[str, Any]) -> None:
-        turns = row["prompt_turns"]
-        prompt, chosen = row["messages"][:turns], row["messages"][turns:]
-        found.add_pair(
-            _supervise_answer(template, prompt, chosen, row.get("tools")),
-            _supervise_answer(template, prompt, row["rejected"], row.get("tools")),
-            data.max_length,
-            data.truncation,
-        )
+        found.add_pair(*supervise_pair(template, row), data.max_length, data.truncation)
 
     return _tokenise(rows, add, data, total, writer)
 
 
-def _supervise_answer(
-    template: ChatTemplate, prompt: list[Any], answer: list[Any], tools: list[Any] | None
-) -> Supervised:
-    """A conversation of which the answer alone is learnt. It has to be one sequence: raises
-    HistoryDiffers when the template rewrites its first turns once others follow."""
-    messages = [*prompt, *answer]
-    turns = [turn for turn in template.learnt_turns(messages) if turn >= len(prompt)]
-    return template.supervise(messages, tools=tools, turns=turns)
+def supervise_pair(template: ChatTemplate, row: dict[str, Any]) -> tuple[Supervised, Supervised]:
+    """The better and the worse answer, each after the prompt and learnt alone. Each has to be one
+    sequence: raises HistoryDiffers when the template rewrites turns of it once others follow."""
+    prompt = row["messages"][: row["prompt_turns"]]
+
+    def supervise(answer: list[Any]) -> Supervised:
+        messages = [*prompt, *answer]
+        turns = [turn for turn in template.learnt_turns(messages) if turn >= len(prompt)]
+        return template.supervise(messages, tools=row.get("tools"), turns=turns)
+
+    return supervise(row["messages"][len(prompt) :]), supervise(row["rejected"])
 
 
 def _tokenise(
