@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from tunesmith.config.errors import DataError
 from tunesmith.config.schema import Data, Truncation
 from tunesmith.terminal import progress_bar
 from tunesmith.train.tokens import Example, TokenRows, TokenWriter
+from tunesmith.train.workers import in_groups
 
 __all__ = ["Example", "Examples", "tokenise_conversations", "tokenise_pairs", "tokenise_texts"]
 
@@ -64,6 +66,13 @@ class Examples:
             return self.rows.supervised
         return np.array([row.learnt.sum() for row in self.rows], dtype=np.int64)
 
+    @property
+    def largest_id(self) -> int:
+        """The highest token id in any sequence."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.largest_id
+        return max(int(row.input_ids.max()) for row in self.rows)
+
     def add(
         self,
         input_ids: Sequence[int],
@@ -97,11 +106,21 @@ class Examples:
             self.dropped += 1
             return
         self.kept += 1
-        rows = self.writer or self.rows
-        assert not isinstance(rows, TokenRows), "files are only written through their writer"
         for example in examples:
             assert example
-            rows.append(example)
+            self._append(example)
+
+    def take(self, other: Examples) -> None:
+        """Add all of another's."""
+        for example in other.rows:
+            self._append(example)
+        for name in ("read", "kept", "truncated", "dropped", "too_long", "faults"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _append(self, example: Example) -> None:
+        rows = self.writer or self.rows
+        assert not isinstance(rows, TokenRows), "files are only written through their writer"
+        rows.append(example)
 
     def _cut(
         self,
@@ -186,12 +205,7 @@ def tokenise_conversations(
 
     Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-
-    def add(found: Examples, row: dict[str, Any]) -> None:
-        for one in template.examples(row["messages"], tools=row.get("tools")):
-            found.add(one.input_ids, one.mask, data.max_length, data.truncation)
-
-    return _tokenise(rows, add, data, total, writer)
+    return _tokenise(rows, partial(_add_conversation, template, data), data, total, writer)
 
 
 def tokenise_pairs(
@@ -206,11 +220,7 @@ def tokenise_pairs(
 
     Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-
-    def add(found: Examples, row: dict[str, Any]) -> None:
-        found.add_pair(*supervise_pair(template, row), data.max_length, data.truncation)
-
-    return _tokenise(rows, add, data, total, writer)
+    return _tokenise(rows, partial(_add_pair, template, data), data, total, writer)
 
 
 def supervise_pair(template: ChatTemplate, row: dict[str, Any]) -> tuple[Supervised, Supervised]:
@@ -226,25 +236,45 @@ def supervise_pair(template: ChatTemplate, row: dict[str, Any]) -> tuple[Supervi
     return supervise(row["messages"][len(prompt) :]), supervise(row["rejected"])
 
 
+def _add_conversation(
+    template: ChatTemplate, data: Data, found: Examples, row: dict[str, Any]
+) -> None:
+    for one in template.examples(row["messages"], tools=row.get("tools")):
+        found.add(one.input_ids, one.mask, data.max_length, data.truncation)
+
+
+def _add_pair(template: ChatTemplate, data: Data, found: Examples, row: dict[str, Any]) -> None:
+    found.add_pair(*supervise_pair(template, row), data.max_length, data.truncation)
+
+
+Add = Callable[[Examples, dict[str, Any]], None]
+
+
 def _tokenise(
     rows: Iterable[dict[str, Any]],
-    add: Callable[[Examples, dict[str, Any]], None],
+    add: Add,
     data: Data,
     total: int | None,
     writer: TokenWriter | None,
 ) -> Examples:
     found = Examples(writer=writer)
     with progress_bar("tokenising", total) as bar:
-        for row in rows:
-            found.read += 1
-            bar.advance()
-            try:
-                add(found, row)
-            except TooLong as error:
-                raise TooLong(f"row {row['id']}: {error}") from error
-            except DataError as error:
-                found.faults.append(f"row {row['id']}: {error}")
+        for group in in_groups(rows, partial(_tokenise_group, add), total):
+            found.take(group)
+            bar.advance(group.read)
     found.check(data)
+    return found
+
+
+def _tokenise_group(add: Add, rows: list[dict[str, Any]]) -> Examples:
+    found = Examples(read=len(rows))
+    for row in rows:
+        try:
+            add(found, row)
+        except TooLong as error:
+            raise TooLong(f"row {row['id']}: {error}") from error
+        except DataError as error:
+            found.faults.append(f"row {row['id']}: {error}")
     return found
 
 

@@ -104,11 +104,11 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
             nf4=train.method == "qlora",
             trust_remote_code=recipe.model.trust_remote_code,
         )
-    rows = [*examples.rows, *held_out.rows]
+    sides = (examples, held_out)
     models.check_sizes(
         model,
-        longest=max(len(row.input_ids) for row in rows),
-        largest_id=max(int(row.input_ids.max()) for row in rows),
+        longest=max(int(side.lengths().max()) for side in sides),
+        largest_id=max(side.largest_id for side in sides),
     )
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
