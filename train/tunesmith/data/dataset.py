@@ -19,7 +19,7 @@ from tunesmith.data.faults import Fault, FaultLog, RowError
 from tunesmith.data.formats import REQUIRED, fitting_formats, normalise
 from tunesmith.data.messages import Row
 from tunesmith.data.read import Raw, read_file, read_hub
-from tunesmith.data.split import Indices, choose, count_distinct, hold_out
+from tunesmith.data.split import Indices, choose, count_among, count_distinct, hold_out
 from tunesmith.data.spool import Spool
 from tunesmith.data.stdlib import builtin_rows
 from tunesmith.ledger import Artifact, Draft
@@ -151,6 +151,8 @@ def _split(data: Data, reads: Sequence[Read], spool: Spool) -> tuple[Indices, In
 def _weigh(read: Read, train: Indices, spool: Spool, seed: int) -> Indices:
     """The training rows of one source, each as often as its weight says."""
     rows = read.of(train)
+    if read.weight == 1.0:
+        return rows
     whole, rest = divmod(read.weight, 1.0)
     counts = np.full(len(rows), int(whole))
     counts[choose(spool.keys[rows], round(rest * len(rows)), seed)] += 1
@@ -221,8 +223,8 @@ def _metrics(spool: Spool, used: Indices, evaluation: Indices) -> dict[str, Any]
         "train_rows": len(used),
         "evaluation_rows": len(evaluation),
         "duplicate_rows": len(train) - count_distinct(keys[train]),
-        "leaked_rows": int(np.isin(keys[train], keys[evaluation]).sum()),
-        "leaked_prompts": int(np.isin(prompts[train], prompts[evaluation]).sum()),
+        "leaked_rows": count_among(keys[train], keys[evaluation]),
+        "leaked_prompts": count_among(prompts[train], prompts[evaluation]),
         "train_characters": int(characters[used].sum()),
         "evaluation_characters": int(characters[evaluation].sum()),
     }
