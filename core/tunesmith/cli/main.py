@@ -38,7 +38,7 @@ Discard = Annotated[
 # Where each command lives, and the extra that brings what it imports.
 _COMMANDS = {
     "plan": ("tunesmith.train.plan", "train"),
-    "data": ("tunesmith.data.command", "train"),
+    "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
     "eval": ("tunesmith.evaluate.command", "infer"),
@@ -76,10 +76,20 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     _execute("plan", recipe, overrides, as_json)
 
 
+ShownRows = Annotated[
+    int,
+    typer.Option(
+        "--rows", min=0, help="Rows to show token by token; 0 counts rows and tokenises nothing."
+    ),
+]
+
+
 @app.command()
-def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read, check and split the recipe's data."""
-    _execute("data", recipe, overrides, as_json)
+def data(
+    recipe: RecipePath, overrides: Overrides = None, rows: ShownRows = 2, as_json: AsJson = False
+) -> None:
+    """Read, check and split the recipe's data, and show what a model learns of it."""
+    _execute("data", recipe, overrides, as_json, rows=rows)
 
 
 @app.command()

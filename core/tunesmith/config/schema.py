@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -61,11 +61,39 @@ class Model(Section):
     """Allow Python code that comes with a hub model to run."""
 
 
+class Source(Section):
+    """One of several sources of training rows."""
+
+    source: str
+    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`."""
+
+    format: DataFormat | None = None
+    """Shape of its rows; `data.format` when null."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each of its rows is used per epoch: 2 is twice, 0.5 half of the rows, 1.5 all of
+    them and half a second time, chosen by `seed`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; the commit it resolves to is recorded."""
+
+
+def _is_list(value: Any) -> str:
+    return "tuple" if isinstance(value, (list, tuple)) else "str"
+
+
+Sources = Annotated[
+    Annotated[str, Tag("str")] | Annotated[tuple[Source, ...], Tag("tuple")],
+    Discriminator(_is_list),
+]
+
+
 class Data(Section):
     """What the model learns from, and what it is judged on."""
 
-    train: str
-    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`."""
+    train: Sources
+    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`; or a list of them
+    with weights."""
 
     evaluation: str | None = None
     """Held-out rows, in the same forms; `evaluation_fraction` of `train` when null."""
@@ -74,7 +102,8 @@ class Data(Section):
     """Shape of a row."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; the commit it resolves to is recorded."""
+    """Branch, tag or commit of a hub data set (of `evaluation` alone where `train` is a list); the
+    commit it resolves to is recorded."""
 
     evaluation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of `train` that is held out when `evaluation` is null, chosen by hash of the row."""
@@ -101,11 +130,31 @@ class Data(Section):
     """Share of examples that may have nothing to learn within `max_length`, or be dropped as
     longer, before the run stops."""
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What `train` names."""
+        if isinstance(self.train, str):
+            return (Source(source=self.train, revision=self.revision),)
+        return self.train
+
     @model_validator(mode="after")
-    def _text_is_learnt_whole(self) -> Data:
+    def _settings_fit_the_format(self) -> Data:
+        if not self.sources:
+            raise ValueError("train: a list of sources has at least one")
+        kinds = {_kind(source.format or self.format) for source in self.sources}
+        if kinds != {_kind(self.format)}:
+            raise ValueError(
+                f"train: sources of format {', '.join(sorted(kinds))} cannot be mixed with "
+                f"data.format: {self.format}; conversations, preferences and text are learnt in "
+                "different ways"
+            )
         if self.format == "text" and self.learn != "all":
             raise ValueError("learn: last is of conversations; of format: text all is learnt")
         return self
+
+
+def _kind(row_format: DataFormat) -> str:
+    return row_format if row_format in ("text", "preference") else "messages"
 
 
 class Lora(Section):

@@ -41,7 +41,7 @@ def steps(stages: Stages) -> list[Step]:
     recipe = stages.recipe
     found = []
     if recipe.data:
-        found.append(Step("data", ("data",), (stages.dataset,)))
+        found.append(Step("data", ("data", "--rows", "0"), (stages.dataset,)))
     if recipe.train:
         made = [
             stages.variants[name]

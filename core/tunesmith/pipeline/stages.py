@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
 from tunesmith.config.schema import Section
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
-from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit
+from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
 
@@ -33,16 +33,21 @@ class Stages:
         data = self.recipe.data
         if data is None:
             raise UserError(f"{self.path}: this needs a data section")
-        inputs = {"train": digest_data(self.store, data.train, data.revision)}
+        inputs = {
+            name: digest_data(self.store, source.source, source.revision)
+            for name, source in zip(source_names(data), data.sources, strict=True)
+        }
         if data.evaluation:
             inputs["evaluation"] = digest_data(self.store, data.evaluation, data.revision)
         names = ("format", "evaluation_fraction", "max_rows", "max_error_rate")
         section = {
             # Only where it is not the default, so that data sets made before keep their ids.
             "data": _pick(data, *names, *(("learn",) if data.learn != "all" else ())),
-            "builtin": data.train.startswith("builtin/"),
+            "builtin": any(source.source.startswith("builtin/") for source in data.sources),
             "seed": self.recipe.seed,
         }
+        if not isinstance(data.train, str):
+            section["sources"] = [_pick(source, "format", "weight") for source in data.sources]
         return self._draft("dataset", "data", section, inputs=inputs)
 
     @cached_property

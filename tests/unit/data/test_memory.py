@@ -11,14 +11,16 @@ import pytest
 
 ROW_BYTES = 5_000
 _MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from tunesmith.config.schema import Recipe
 from tunesmith.data import make_dataset
 from tunesmith.pipeline.stages import Stages
 
 def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, in which a process begins with the peak of the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 def make(name, **data):
     recipe = {
@@ -29,13 +31,13 @@ def make(name, **data):
 
 make("small.jsonl")
 before = peak_mib()
-metrics = make(sys.argv[1], max_rows=10_000)
+metrics = make(sys.argv[1], max_rows=6_000)
 print(peak_mib() - before, metrics["train_rows"], metrics["unused_rows"])
 """
 
 
 @pytest.mark.parametrize(
-    ("suffix", "rows"), [(".jsonl", 40_000), (".json", 12_000), (".csv", 12_000)]
+    ("suffix", "rows"), [(".jsonl", 40_000), (".json", 8_000), (".csv", 8_000)]
 )
 def test_a_large_file_takes_a_few_megabytes(tmp_path: Path, suffix: str, rows: int) -> None:
     (tmp_path / "small.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
@@ -57,7 +59,7 @@ def test_a_large_file_takes_a_few_megabytes(tmp_path: Path, suffix: str, rows: i
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grown_mib, used, unused = done.stdout.split()
-    assert int(used) == 10_000
+    assert int(used) == 6_000
     assert int(unused) > 1_000
-    assert float(grown_mib) < 25
+    assert float(grown_mib) < 15
     path.unlink()

@@ -10,14 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.split import Keys, choose, count_distinct, hold_out, identify, key_of
+from tunesmith.data.split import (
+    Keys,
+    choose,
+    count_among,
+    count_distinct,
+    hold_out,
+    identify,
+    key_of,
+)
 
 texts = st.lists(st.text(max_size=3), min_size=1, max_size=60)
 fractions = st.floats(0.01, 0.99)
 
 
 def keyed(texts: list[str]) -> Keys:
-    return np.frombuffer(b"".join(key_of({"text": text}) for text in texts), dtype="S32")
+    return np.frombuffer(b"".join(key_of({"text": text}) for text in texts), dtype="S16")
 
 
 def sides(texts: list[str], fraction: float) -> tuple[Keys, Keys]:
@@ -99,10 +107,16 @@ def test_ids_are_unique_and_of_content_and_count(texts: list[str]) -> None:
     assert count_distinct(keyed(texts)) == len(seen)
 
 
+@given(texts, texts)
+def test_rows_that_are_also_elsewhere_are_counted(one: list[str], other: list[str]) -> None:
+    assert count_among(keyed(one), keyed(other)) == sum(text in other for text in one)
+    assert count_among(keyed(one), keyed(other)[:0]) == 0
+
+
 @pytest.mark.parametrize("tail", [b"", b"\0", b"\0\0"])
 def test_a_digest_may_end_with_zeros(tail: bytes) -> None:
     """Numpy leaves zeros at the end of a string out when it hands one over."""
-    digest = (b"\1" * 32)[: 32 - len(tail)] + tail
-    keys = np.frombuffer(digest + b"\2" * 32 + digest, dtype="S32")
+    digest = (b"\1" * 16)[: 16 - len(tail)] + tail
+    keys = np.frombuffer(digest + b"\2" * 16 + digest, dtype="S16")
     assert list(identify(keys)) == ["01" * 8, "02" * 8, "01" * 8 + "-2"]
     assert hold_out(keys, 0.001).tolist() == [True, False, True]

@@ -63,6 +63,7 @@ def test_what_is_written_is_read_back(
     examples, plain = Examples(found), Examples([example(row) for row in rows])
     assert examples.lengths().tolist() == plain.lengths().tolist()
     assert examples.supervised().tolist() == plain.supervised().tolist()
+    assert examples.largest_id == plain.largest_id == max(token for row in rows for token, _ in row)
 
 
 def talk(at: int) -> dict[str, Any]:

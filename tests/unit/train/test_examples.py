@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
 from tunesmith.config import DataError
 from tunesmith.config.schema import Data
+from tunesmith.train import workers
 from tunesmith.train.examples import (
     Examples,
     tokenise_conversations,
@@ -193,3 +195,25 @@ def test_an_answer_that_the_template_rewrites_is_refused(language: Language) -> 
     row["rejected"] = [first, {"role": "tool", "content": "1"}, *row["rejected"]]
     with pytest.raises(DataError, match=r"turn 2: .*differently once other turns follow"):
         tokenise_pairs([row], ChatTemplate(tokenizer), data())
+
+
+def test_several_processes_make_the_same(
+    language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert language.template
+    rows = [{**talk(f"return {at}", "long " * (at % 40)), "id": str(at)} for at in range(200)]
+    rows[70]["messages"][1]["content"] = rows[150]["messages"][1]["content"] = f"a {TURN_END} b"
+    settings = data(100, max_error_rate=0.1, max_dropped_rate=1.0)
+    alone = tokenise_conversations(rows, language.template, settings, len(rows))
+    monkeypatch.setattr(workers, "_FEW_ROWS", 1)
+    monkeypatch.setattr(workers, "_ROWS_PER_GROUP", 7)
+    monkeypatch.setattr(workers, "_FEW_PROCESSES", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    together = tokenise_conversations(rows, language.template, settings, len(rows))
+    for one, other in zip(alone.rows, together.rows, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.learnt.tolist() == other.learnt.tolist()
+    counts = ("read", "kept", "truncated", "dropped", "faults")
+    assert [getattr(alone, name) for name in counts] == [getattr(together, name) for name in counts]
+    assert (alone.read, len(alone.faults)) == (200, 2)
+    assert alone.dropped > 0

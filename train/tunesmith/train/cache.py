@@ -26,7 +26,7 @@ _COUNTS_FILE = "counts.json"
 _COUNTS = ("read", "kept", "truncated", "dropped", "too_long", "faults")
 _LIBRARIES = ("jinja2", "tokenizers", "transformers")
 _CODE = (Path(tunesmith.chat.__file__).parent, Path(__file__).parent)
-_FILES = ("examples.py", "language.py", "tokens.py")
+_FILES = ("examples.py", "language.py", "tokens.py", "workers.py")
 
 
 def cached(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from tunesmith.config.errors import DataError
 from tunesmith.config.schema import Data, Truncation
 from tunesmith.terminal import progress_bar
 from tunesmith.train.tokens import Example, TokenRows, TokenWriter
+from tunesmith.train.workers import in_groups
 
 __all__ = ["Example", "Examples", "tokenise_conversations", "tokenise_pairs", "tokenise_texts"]
 
@@ -64,6 +66,13 @@ class Examples:
             return self.rows.supervised
         return np.array([row.learnt.sum() for row in self.rows], dtype=np.int64)
 
+    @property
+    def largest_id(self) -> int:
+        """The highest token id in any sequence."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.largest_id
+        return max(int(row.input_ids.max()) for row in self.rows)
+
     def add(
         self,
         input_ids: Sequence[int],
@@ -97,11 +106,21 @@ class Examples:
             self.dropped += 1
             return
         self.kept += 1
-        rows = self.writer or self.rows
-        assert not isinstance(rows, TokenRows), "files are only written through their writer"
         for example in examples:
             assert example
-            rows.append(example)
+            self._append(example)
+
+    def take(self, other: Examples) -> None:
+        """Add all of another's."""
+        for example in other.rows:
+            self._append(example)
+        for name in ("read", "kept", "truncated", "dropped", "too_long", "faults"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def _append(self, example: Example) -> None:
+        rows = self.writer or self.rows
+        assert not isinstance(rows, TokenRows), "files are only written through their writer"
+        rows.append(example)
 
     def _cut(
         self,
@@ -113,27 +132,24 @@ class Examples:
         """The part of a sequence that is trained on; None when there is nothing to learn in it."""
         mask = np.array(learnt, dtype=np.bool_)
         mask[:1] = False
-        # Attention is causal: nothing after the last target can change any loss.
-        start, end = 0, _end(mask)
-        if end > max_length:
+        length = _end(mask)
+        if length > max_length:
             match truncation:
-                case "end":
-                    end = _end(mask[:max_length])
-                case "start":
-                    start = end - max_length
-                    mask[start] = False
+                case "error":
+                    raise TooLong(
+                        f"{length:,} tokens, more than data.max_length ({max_length:,}); raise it, "
+                        "or choose with data.truncation what becomes of longer rows"
+                    )
                 case "drop":
                     self.too_long += 1
                     return None
-                case "error":
-                    raise TooLong(
-                        f"{end:,} tokens, more than data.max_length ({max_length:,}); raise it, "
-                        "or choose with data.truncation what becomes of longer rows"
-                    )
             self.truncated += 1
-        if not mask[start:end].any():
+        part = kept_part(mask, max_length, truncation)
+        mask = mask[part]
+        mask[:1] = False
+        if not mask.any():
             return None
-        return Example(np.array(input_ids[start:end], dtype=np.int32), mask[start:end])
+        return Example(np.array(input_ids[part], dtype=np.int32), mask)
 
     def check(self, data: Data) -> None:
         """Raises DataError when more was lost than the recipe allows, or nothing is left."""
@@ -157,9 +173,24 @@ class Examples:
             )
 
 
-def _end(mask: NDArray[np.bool_]) -> int:
+def kept_part(learnt: NDArray[np.bool_], max_length: int, truncation: Truncation) -> slice:
+    """The tokens of a sequence that are trained on; none of one that is too long to be."""
+    # Attention is causal: nothing after the last target can change any loss.
+    length = _end(learnt)
+    if length <= max_length:
+        return slice(0, length)
+    match truncation:
+        case "end":
+            return slice(0, _end(learnt[:max_length]))
+        case "start":
+            return slice(length - max_length, length)
+        case _:
+            return slice(0, 0)
+
+
+def _end(learnt: NDArray[np.bool_]) -> int:
     """Where a sequence can end: after its last target."""
-    targets = np.flatnonzero(mask)
+    targets = np.flatnonzero(learnt)
     return int(targets[-1]) + 1 if len(targets) else 0
 
 
@@ -174,12 +205,7 @@ def tokenise_conversations(
 
     Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-
-    def add(found: Examples, row: dict[str, Any]) -> None:
-        for one in template.examples(row["messages"], tools=row.get("tools")):
-            found.add(one.input_ids, one.mask, data.max_length, data.truncation)
-
-    return _tokenise(rows, add, data, total, writer)
+    return _tokenise(rows, partial(_add_conversation, template, data), data, total, writer)
 
 
 def tokenise_pairs(
@@ -194,49 +220,61 @@ def tokenise_pairs(
 
     Raises DataError when more rows than allowed cannot be rendered or learnt, or none can.
     """
-
-    def add(found: Examples, row: dict[str, Any]) -> None:
-        turns = row["prompt_turns"]
-        prompt, chosen = row["messages"][:turns], row["messages"][turns:]
-        found.add_pair(
-            _supervise_answer(template, prompt, chosen, row.get("tools")),
-            _supervise_answer(template, prompt, row["rejected"], row.get("tools")),
-            data.max_length,
-            data.truncation,
-        )
-
-    return _tokenise(rows, add, data, total, writer)
+    return _tokenise(rows, partial(_add_pair, template, data), data, total, writer)
 
 
-def _supervise_answer(
-    template: ChatTemplate, prompt: list[Any], answer: list[Any], tools: list[Any] | None
-) -> Supervised:
-    """A conversation of which the answer alone is learnt. It has to be one sequence: raises
-    HistoryDiffers when the template rewrites its first turns once others follow."""
-    messages = [*prompt, *answer]
-    turns = [turn for turn in template.learnt_turns(messages) if turn >= len(prompt)]
-    return template.supervise(messages, tools=tools, turns=turns)
+def supervise_pair(template: ChatTemplate, row: dict[str, Any]) -> tuple[Supervised, Supervised]:
+    """The better and the worse answer, each after the prompt and learnt alone. Each has to be one
+    sequence: raises HistoryDiffers when the template rewrites turns of it once others follow."""
+    prompt = row["messages"][: row["prompt_turns"]]
+
+    def supervise(answer: list[Any]) -> Supervised:
+        messages = [*prompt, *answer]
+        turns = [turn for turn in template.learnt_turns(messages) if turn >= len(prompt)]
+        return template.supervise(messages, tools=row.get("tools"), turns=turns)
+
+    return supervise(row["messages"][len(prompt) :]), supervise(row["rejected"])
+
+
+def _add_conversation(
+    template: ChatTemplate, data: Data, found: Examples, row: dict[str, Any]
+) -> None:
+    for one in template.examples(row["messages"], tools=row.get("tools")):
+        found.add(one.input_ids, one.mask, data.max_length, data.truncation)
+
+
+def _add_pair(template: ChatTemplate, data: Data, found: Examples, row: dict[str, Any]) -> None:
+    found.add_pair(*supervise_pair(template, row), data.max_length, data.truncation)
+
+
+Add = Callable[[Examples, dict[str, Any]], None]
 
 
 def _tokenise(
     rows: Iterable[dict[str, Any]],
-    add: Callable[[Examples, dict[str, Any]], None],
+    add: Add,
     data: Data,
     total: int | None,
     writer: TokenWriter | None,
 ) -> Examples:
     found = Examples(writer=writer)
     with progress_bar("tokenising", total) as bar:
-        for row in rows:
-            found.read += 1
-            bar.advance()
-            try:
-                add(found, row)
-            except TooLong as error:
-                raise TooLong(f"row {row['id']}: {error}") from error
-            except DataError as error:
-                found.faults.append(f"row {row['id']}: {error}")
+        for group in in_groups(rows, partial(_tokenise_group, add), total):
+            found.take(group)
+            bar.advance(group.read)
     found.check(data)
+    return found
+
+
+def _tokenise_group(add: Add, rows: list[dict[str, Any]]) -> Examples:
+    found = Examples(read=len(rows))
+    for row in rows:
+        try:
+            add(found, row)
+        except TooLong as error:
+            raise TooLong(f"row {row['id']}: {error}") from error
+        except DataError as error:
+            found.faults.append(f"row {row['id']}: {error}")
     return found
 
 

@@ -56,9 +56,9 @@ class Language:
     @cached_property
     def tokenizer_sha256(self) -> str:
         """Hash of all that decides how text is divided into tokens."""
-        parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Every call sets these two anew.
-        parts |= {"truncation": None, "padding": None}
+        text = self.tokenizer.backend_tokenizer.to_str()
+        # Before them stand truncation and padding, which every call sets anew.
+        parts = "".join(text.partition('"added_tokens"')[1:]) or text
         kind = type(self.tokenizer)
         code = "" if kind.__module__.startswith("transformers.") else inspect.getsource(kind)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}

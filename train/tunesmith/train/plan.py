@@ -119,7 +119,7 @@ def _language_and_model(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
 
     recipe = stages.recipe
     assert recipe.train
-    folder = None if recipe.train.method == "pretrain" else _config_folder(stages)
+    folder = None if recipe.train.method == "pretrain" else config_folder(stages)
     trust = recipe.model.trust_remote_code
     if folder:
         language = read_language(folder, recipe)
@@ -136,7 +136,7 @@ def _language_and_model(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
     return language, model
 
 
-def _config_folder(stages: Stages) -> Path | None:
+def config_folder(stages: Stages) -> Path | None:
     """Configuration and tokenizer of the base, without its weights; None while it is not made."""
     if found := stages.store.find(stages.base.id):
         return found.root

@@ -124,11 +124,11 @@ def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerato
             packed_in=dtype if is_sharded else torch.uint8,
             trust_remote_code=recipe.model.trust_remote_code,
         )
-    rows = [*examples.rows, *held_out.rows]
+    sides = (examples, held_out)
     models.check_sizes(
         model,
-        longest=max(len(row.input_ids) for row in rows),
-        largest_id=max(int(row.input_ids.max()) for row in rows),
+        longest=max(int(side.lengths().max()) for side in sides),
+        largest_id=max(side.largest_id for side in sides),
     )
     model = make_ready(model, train, base.root if base else None)
     parameters = models.count_parameters(model)

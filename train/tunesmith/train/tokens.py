@@ -73,6 +73,11 @@ class TokenRows(Sequence[Example]):
         """Tokens of each sequence."""
         return np.diff(self._ends)
 
+    @property
+    def largest_id(self) -> int:
+        """The highest token id in any sequence."""
+        return int(self._ids.max())
+
     def __len__(self) -> int:
         return len(self.supervised)
 
