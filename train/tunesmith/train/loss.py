@@ -23,7 +23,7 @@ _LARGEST_LOGITS = 2**26
 """Elements of one matrix of logits where the head is trained: 256 MiB in float32."""
 
 _FROZEN_LOGITS = 2**20
-"""Elements of one where it is frozen, and nothing is computed twice: 4 MiB stay near a processor."""
+"""Elements of one where it is frozen, and nothing is computed twice: small enough for caches."""
 
 _ROUND_TOKENS = 16
 """Libraries keep a compiled kernel for each shape that they have seen: with few shapes, few. FP8
