@@ -214,6 +214,10 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    processes: Positive = 1
+    """Processes that train together, each on a GPU of its own; a step's batch grows with them. They
+    are started on this machine, unless `torchrun` or another launcher started this one."""
+
     sharding: Literal["none", "full"] = "none"
     """`none` keeps the whole model in every process; `full` divides weights, gradients and
     optimizer over them (FSDP2), for models that are too large for one device."""
@@ -245,6 +249,8 @@ class Train(Section):
             raise ValueError("architecture is given exactly when method is pretrain")
         if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
             raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
+        if self.sharding == "full" and self.processes == 1:
+            raise ValueError("sharding: full divides the model over processes: set processes")
         if self.sharding == "full" and self.lora.changes_base:
             raise ValueError("lora.init_lora_weights: pissa needs whole weights: sharding none")
         if self.sharding == "full" and "8bit" in self.optim:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,43 +17,91 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from tunesmith.config import Recipe, UserError, WorkInterrupted, dump_recipe, load_recipe
+from tunesmith.config import (
+    Recipe,
+    UserError,
+    WorkInterrupted,
+    dump_recipe,
+    load_recipe,
+)
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
-from tunesmith.train import sharding
+from tunesmith.train import command, sharding
 from tunesmith.train.batches import Rows
+from tunesmith.train.launch import _wait
 from tunesmith.train.loop import Trainer
 from tunesmith.train.ranks import join
 from tunesmith.train.stage import train_stage
 
-TWO = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-]
 
-
-def run_two(arguments: Sequence[str]) -> str:
-    """What two ranks print."""
-    done = subprocess.run(
-        [*TWO, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return done.stdout.decode()
-
-
-def test_two_ranks_make_one_artifact(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_two_ranks_are_started_stopped_and_resumed_as_one(
+    recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = {"max_steps": 120, "learning_rate": 1e-3, "save_steps": 200}
     alone = train_stage(
-        Stages(recipe_of(store="alone", per_device_train_batch_size=8, save_steps=2)), join()
+        Stages(recipe_of(store="alone", per_device_train_batch_size=8, **settings)), join()
     ).manifest.metrics
-    recipe = recipe_of(store="together", per_device_train_batch_size=4, save_steps=2)
+    recipe = recipe_of(store="two", per_device_train_batch_size=4, processes=2, **settings)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    printed = run_two(["-m", "tunesmith.cli", "train", str(tmp_path / "recipe.yaml"), "--json"])
-    together = json.loads(printed)
+    line = [sys.executable, "-m", "tunesmith.cli", "train", str(tmp_path / "recipe.yaml")]
+    stages = Stages(recipe)
+    scratch = stages.store.scratch(stages.trained)
+    with subprocess.Popen(line, stderr=subprocess.PIPE) as process:
+        try:
+            wait_for_line(scratch / "metrics.jsonl", '"step": 3,', process)
+            process.send_signal(signal.SIGTERM)
+            _, message = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 75, message.decode()[-3000:]
+    [checkpoint] = (scratch / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name.partition("-")[2]) < 120
+    assert {"random-0.pt", "random-1.pt"} < {path.name for path in checkpoint.iterdir()}
+
+    done = subprocess.run([*line, "--json"], capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert b"resuming after step" in done.stderr
+    together = json.loads(done.stdout)
     assert together["tuned"]["kl_nats"]["original"] <= 1e-4
     for key in ("eval_loss_before", "eval_loss_after", "final_loss"):
-        assert together["trained"][key] == pytest.approx(alone[key], rel=1e-5), key
-    stages = Stages(recipe)
+        assert together["trained"][key] == pytest.approx(alone[key], rel=1e-4), key
     assert not stages.store.faults(stages.made(stages.trained))
+
+
+def wait_for_line(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{text} was not reached; exit code {process.poll()}")
+
+
+def test_the_first_failure_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one waits for it, as a rank does in a collective operation."""
+    monkeypatch.setattr("tunesmith.train.launch._GRACE_S", 0.5)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code])
+        for code in ("import time; time.sleep(600)", "raise SystemExit(3)")
+    ]
+    assert _wait(ranks) == 1
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 3]
+
+
+def test_settings_of_the_launcher_do_not_pass_for_the_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"see train\.sharding"):
+        join()
+
+
+def test_as_many_processes_as_the_recipe_says(
+    stages_of: Callable[..., Stages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"train\.processes is 2, and the launcher started 1"):
+        command.run(stages_of(processes=2))
 
 
 def test_a_divided_training_ends_as_a_whole_one_does(
@@ -62,7 +111,7 @@ def test_a_divided_training_ends_as_a_whole_one_does(
     and the second half of each divided training goes on from a checkpoint of whole weights."""
     settings: dict[str, Any] = {
         "load_best_model_at_end": True, "eval_steps": 2, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+        "processes": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     }  # fmt: skip
     recipes = [
         recipe_of(base, f"{method}-{sharding}", method=method, learning_rate=rate,
@@ -75,7 +124,13 @@ def test_a_divided_training_ends_as_a_whole_one_does(
     paths = [tmp_path / f"{recipe.store.folder.name}.yaml" for recipe in recipes]
     for recipe, path in zip(recipes, paths, strict=True):
         path.write_text(dump_recipe(recipe))
-    shares = json.loads(run_two([__file__, *map(str, paths)]))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         __file__, *map(str, paths)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    shares = json.loads(done.stdout)
     # Matrices with an odd number of rows leave one more on a rank, and norms are small.
     assert len(shares) == 4 and all(0.45 < share < 0.55 for share in shares)
     made = [Stages(recipe) for recipe in recipes]
@@ -96,19 +151,6 @@ def assert_close(whole: Artifact, divided: Artifact) -> None:
         assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
     assert ours["best_step"] == theirs["best_step"]
     assert (whole.root / "config.json").exists() == (divided.root / "config.json").exists()
-
-
-def test_one_process_has_nothing_to_divide(stages_of: Callable[..., Stages]) -> None:
-    with pytest.raises(UserError, match="several processes, and this is one"):
-        train_stage(stages_of(sharding="full"), join())
-
-
-def test_settings_of_the_launcher_do_not_pass_for_the_recipe(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"see train\.sharding"):
-        join()
 
 
 def run_rank(paths: Sequence[str]) -> None:

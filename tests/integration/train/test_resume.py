@@ -149,7 +149,9 @@ def test_stops_of_two_ranks_change_nothing(
     """Eight of them with a whole model in each rank, three with a divided one. Every attempt is one
     more training in the same two processes, whose start takes longest."""
     recipes = [
-        recipe_of(store=f"{store}-{sharding}", sharding=sharding, **NOISY | {"max_steps": 40})
+        recipe_of(
+            store=f"{store}-{sharding}", sharding=sharding, processes=2, **NOISY | {"max_steps": 40}
+        )
         for sharding in ("none", "full")
         for store in ("whole", "cut")
     ]

@@ -85,7 +85,8 @@ def _training(stages: Stages) -> dict[str, Any]:
         log("the data set is large; its tokens and steps are counted when it is trained on")
         return figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows_per_pass = train.per_device_train_batch_size * train.processes
+    rows_per_step = rows_per_pass * train.gradient_accumulation_steps
     order = Order(examples.lengths(), rows_per_step, recipe.seed)
     steps = count_steps(train.num_train_epochs, train.max_steps, order.steps_per_epoch)
     return figures | {

@@ -47,6 +47,15 @@ def join() -> Any:
     return accelerator
 
 
+def check_processes(accelerator: Any, wanted: int) -> None:
+    """Raise UserError when a launcher started another number of processes than the recipe says."""
+    if accelerator.num_processes != wanted:
+        raise UserError(
+            f"train.processes is {wanted}, and the launcher started {accelerator.num_processes}; "
+            f"add train.processes={accelerator.num_processes}, or leave the launcher out"
+        )
+
+
 def main_first(make: Callable[[], T]) -> T:
     """Let the main process make something; the others then find it made."""
     with PartialState().main_process_first():

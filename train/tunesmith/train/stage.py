@@ -28,7 +28,7 @@ from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.save import save_adapter, save_model
-from tunesmith.train.sharding import check_processes, fill, hollow, shard
+from tunesmith.train.sharding import fill, hollow, shard
 
 _INITIAL = "initial"
 
@@ -64,8 +64,6 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
     is_sharded = recipe.train.sharding == "full"
-    if is_sharded:
-        check_processes(accelerator)
     with write_together(stages, stages.trained) as work:
         parts = _prepare(recipe, dataset, base, accelerator)
         saved = hollow(parts.model) if is_sharded else parts.model
