@@ -143,14 +143,15 @@ def test_twenty_stops_at_random_steps_change_nothing(
     assert_same(cut, whole)
 
 
-def test_stops_of_two_ranks_change_nothing(
+def test_stops_of_three_ranks_change_nothing(
     recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """Eight of them with a whole model in each rank, three with a divided one. Every attempt is one
-    more training in the same two processes, whose start takes longest."""
+    """Six of them with a whole model in each rank, three with a divided one. Every attempt is one
+    more training in the same processes, whose start takes longest. Two ranks would not do: a sum
+    of two is rounded in one way only."""
     recipes = [
         recipe_of(
-            store=f"{store}-{sharding}", sharding=sharding, processes=2, **NOISY | {"max_steps": 40}
+            store=f"{store}-{sharding}", sharding=sharding, processes=3, **NOISY | {"max_steps": 30}
         )
         for sharding in ("none", "full")
         for store in ("whole", "cut")
@@ -159,12 +160,12 @@ def test_stops_of_two_ranks_change_nothing(
     for recipe, path in zip(recipes, paths, strict=True):
         path.write_text(dump_recipe(recipe))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
          __file__, *map(str, paths)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert done.stdout.decode() == "8 stops\n3 stops\n"
+    assert done.stdout.decode() == "6 stops\n3 stops\n"
     whole, cut, whole_divided, cut_divided = map(Stages, recipes)
     assert_same(cut, whole)
     assert_same(cut_divided, whole_divided)
@@ -181,7 +182,7 @@ def test_stops_of_two_ranks_change_nothing(
 def run_rank(*paths: str) -> None:
     """One rank of the test above."""
     whole, cut, whole_divided, cut_divided = (Stages(load_recipe(Path(path))) for path in paths)
-    for stages, other, count in ((whole, cut, 8), (whole_divided, cut_divided, 3)):
+    for stages, other, count in ((whole, cut, 6), (whole_divided, cut_divided, 3)):
         train_stage(stages, join())
         with pytest.MonkeyPatch.context() as monkeypatch:
             print(f"{train_with_stops(other, count, monkeypatch)} stops")
