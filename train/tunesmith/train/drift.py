@@ -34,11 +34,9 @@ def check_drift(stages: Stages, *, discard: bool) -> None:
         changes = dict.fromkeys(_changes(stages, old, new))
         raise UserError(
             f"a training of {new.name} was interrupted after step "
-            f"{int(checkpoint.name.partition('-')[2])} ({old.id}), and this recipe is not its own "
-            "any "
-            "more:\n"
+            f"{int(checkpoint.name.partition('-')[2])} ({old.id}), and this has changed since:\n"
             + "".join(f"  {change}\n" for change in changes)
-            + "put that back to continue it, or add --discard to drop it and start anew"
+            + "put it back to continue that training, or add --discard to drop it and start anew"
         )
 
 
