@@ -307,6 +307,10 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    processes: Positive = 1
+    """Processes that train together, each on a GPU of its own; a step's batch grows with them. They
+    are started on this machine, unless `torchrun` or another launcher started this one."""
+
     sharding: Literal["none", "full"] = "none"
     """`none` keeps the whole model in every process; `full` divides weights, gradients and
     optimizer over them (FSDP2), for models that are too large for one device."""
@@ -356,6 +360,8 @@ class Train(Section):
             raise ValueError("packing is for single rows; preference learns pairs")
         if self.packing and self.neftune_noise_alpha:
             raise ValueError("neftune_noise_alpha depends on a row's length; turn packing off")
+        if self.sharding == "full" and self.processes == 1:
+            raise ValueError("sharding: full divides the model over processes: set processes")
         if self.sharding == "full" and self.lora.changes_base:
             raise ValueError("lora.init_lora_weights: pissa needs whole weights: sharding none")
         if self.sharding == "full" and "8bit" in self.optim:

@@ -121,7 +121,7 @@ def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:
     command = [sys.executable, "-m", "tunesmith.cli", *step.command, str(path), *arguments]
     # Results of a step are not the run's result: its table goes where progress goes.
     process = subprocess.Popen(
-        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
     )
     try:
         code = process.wait()
@@ -139,7 +139,7 @@ def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:
     raise error
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A step whose run was killed stops too, and keeps what it has for the next attempt."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tunesmith.config import Recipe, WorkInterrupted, dump_recipe, load_recipe
 from tunesmith.ledger import hash_file
@@ -105,7 +106,8 @@ def train_with_stops(stages: Stages, count: int, monkeypatch: pytest.MonkeyPatch
     """Train to the end through SIGTERMs at random steps, each heard by one rank alone; returns how
     many there were."""
     accelerator = join()
-    steps = random.Random(1).sample(range(1, NOISY["max_steps"]), count)
+    assert stages.recipe.train and stages.recipe.train.max_steps
+    steps = random.Random(1).sample(range(1, stages.recipe.train.max_steps), count)
     mine = set(steps[accelerator.process_index :: accelerator.num_processes])
     step, stops = Trainer._step, 0
 
@@ -141,31 +143,50 @@ def test_twenty_stops_at_random_steps_change_nothing(
     assert_same(cut, whole)
 
 
-def test_twenty_stops_of_two_ranks_change_nothing(
+def test_stops_of_three_ranks_change_nothing(
     recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """Every attempt is one more training in the same two processes, whose start takes longest."""
-    recipes = [recipe_of(store=store, **NOISY) for store in ("whole", "cut")]
-    for recipe in recipes:
-        (tmp_path / f"{recipe.store.folder.name}.yaml").write_text(dump_recipe(recipe))
+    """Six of them with a whole model in each rank, three with a divided one. Every attempt is one
+    more training in the same processes, whose start takes longest. Two ranks would not do: a sum
+    of two is rounded in one way only."""
+    recipes = [
+        recipe_of(
+            store=f"{store}-{sharding}", sharding=sharding, processes=3, **NOISY | {"max_steps": 30}
+        )
+        for sharding in ("none", "full")
+        for store in ("whole", "cut")
+    ]
+    paths = [tmp_path / f"{recipe.store.folder.name}.yaml" for recipe in recipes]
+    for recipe, path in zip(recipes, paths, strict=True):
+        path.write_text(dump_recipe(recipe))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         __file__, str(tmp_path / "whole.yaml"), str(tmp_path / "cut.yaml"), "20"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200, check=False,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+         __file__, *map(str, paths)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert done.stdout.decode() == "20 stops\n"
-    whole, cut = map(Stages, recipes)
+    assert done.stdout.decode() == "6 stops\n3 stops\n"
+    whole, cut, whole_divided, cut_divided = map(Stages, recipes)
     assert_same(cut, whole)
+    assert_same(cut_divided, whole_divided)
+    one, other = (
+        load_file(stages.made(stages.trained).root / "adapter_model.safetensors")
+        for stages in (whole, whole_divided)
+    )
+    assert one.keys() == other.keys() and len(one) == 28  # 7 layers of A and B in 2 blocks
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-5)
+    assert not any(torch.equal(weight, torch.zeros_like(weight)) for weight in other.values())
 
 
-def run_rank(whole: Path, cut: Path, count: int) -> None:
+def run_rank(*paths: str) -> None:
     """One rank of the test above."""
-    train_stage(Stages(load_recipe(whole)), join())
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        stops = train_with_stops(Stages(load_recipe(cut)), count, monkeypatch)
-    print(f"{stops} stops")
+    whole, cut, whole_divided, cut_divided = (Stages(load_recipe(Path(path))) for path in paths)
+    for stages, other, count in ((whole, cut, 6), (whole_divided, cut_divided, 3)):
+        train_stage(stages, join())
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            print(f"{train_with_stops(other, count, monkeypatch)} stops")
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    run_rank(*sys.argv[1:])

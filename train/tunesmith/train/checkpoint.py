@@ -47,11 +47,6 @@ def newest(scratch: Path) -> Path | None:
     return max((scratch / FOLDER).glob(_NAMES), default=None)
 
 
-def saved_processes(checkpoint: Path) -> int:
-    """How many processes the training had."""
-    return len(list(checkpoint.glob("random-*.pt")))
-
-
 class Checkpoints:
     """The checkpoints of one run; only the latest is kept. Every rank calls every method, and all
     of them read the same folder."""

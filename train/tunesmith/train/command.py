@@ -32,12 +32,21 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     if train.method == "qlora" or "8bit" in train.optim:
         require("bitsandbytes", "train")
     from tunesmith.train.drift import check_drift
+    from tunesmith.train.launch import is_launched, launch
     from tunesmith.train.merge import merge_stage
-    from tunesmith.train.ranks import join, main_first
+    from tunesmith.train.ranks import check_processes, join, main_first
     from tunesmith.train.stage import make_base, train_stage
 
+    is_made = stages.store.find(stages.trained.id) is not None
+    if train.processes > 1 and not is_made and not is_launched():
+        check_drift(stages, discard=discard)
+        if stages.builds_base:
+            make_base(stages, join())
+        return launch(stages.recipe)
     accelerator = join()
-    main_first(lambda: check_drift(stages, accelerator.num_processes, discard=discard))
+    if not is_made:
+        check_processes(accelerator, train.processes)
+    main_first(lambda: check_drift(stages, discard=discard))
     result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
     if train.method != "pretrain":
         result["base"] = make_base(stages, accelerator).id

@@ -14,35 +14,29 @@ from tunesmith.config.errors import UserError
 from tunesmith.ledger import Draft
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
-from tunesmith.train.checkpoint import newest, saved_processes
+from tunesmith.train.checkpoint import newest
 
 
-def check_drift(stages: Stages, processes: int, *, discard: bool) -> None:
+def check_drift(stages: Stages, *, discard: bool) -> None:
     """Raise UserError, saying what changed, when a training of this name was interrupted after a
-    checkpoint and is not the one that the recipe, or the number of processes, now asks for; with
-    `discard` drop it."""
+    checkpoint and is not the one that the recipe now asks for; with `discard` drop it."""
     store, new = stages.store, stages.trained
-    own = newest(store.scratch(new))
-    if store.find(new.id) or (own and saved_processes(own) == processes):
+    if store.find(new.id) or newest(store.scratch(new)):
         return
     for old in store.interrupted(new.name):
         checkpoint = newest(store.scratch(old))
-        if checkpoint is None or (own and old.id != new.id):
+        if checkpoint is None:
             continue
         if discard:
             store.discard(old)
             log(f"dropped the interrupted training {old.id}")
             continue
-        changes = list(dict.fromkeys(_changes(stages, old, new)))
-        if (before := saved_processes(checkpoint)) != processes:
-            changes.append(f"processes: {before} → {processes}")
+        changes = dict.fromkeys(_changes(stages, old, new))
         raise UserError(
             f"a training of {new.name} was interrupted after step "
-            f"{int(checkpoint.name.partition('-')[2])} ({old.id}), and this recipe is not its own "
-            "any "
-            "more:\n"
+            f"{int(checkpoint.name.partition('-')[2])} ({old.id}), and this has changed since:\n"
             + "".join(f"  {change}\n" for change in changes)
-            + "put that back to continue it, or add --discard to drop it and start anew"
+            + "put it back to continue that training, or add --discard to drop it and start anew"
         )
 
 

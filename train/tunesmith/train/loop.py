@@ -128,6 +128,8 @@ class Trainer:
         self._model = job.model if is_sharded else accelerator.prepare(job.model)
         self._optimizer = accelerator.prepare(optimizer)
         self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
+        if self._ranks > 1 and not is_sharded:
+            self._settle_rounding()
         torch.manual_seed(job.seed + self._rank)
 
         self._checkpoints = Checkpoints(job.scratch, accelerator)
@@ -268,6 +270,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log(f"step {self.progress.step}/{self.total_steps}: held-out {said}")
+
+    def _settle_rounding(self) -> None:
+        """After its first backward pass DDP orders gradients anew, and their order decides how
+        sums over ranks are rounded. It is done before the first step, so that a resumed training
+        rounds like one that never stopped."""
+        self._model.train()
+        self._summed_loss(self._train.rows, self._lengths[:0]).backward()
+        self._optimizer.zero_grad()
 
     def _save(self, stop: Stop) -> None:
         """Write a checkpoint when one is due or somebody on any rank asked to stop."""

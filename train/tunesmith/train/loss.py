@@ -241,7 +241,7 @@ class _GradientKept(torch.autograd.Function):
         return torch.cat(nats)
 
     @staticmethod
-    def backward(ctx: Any, weights_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, weights_N: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND * weights_N.unsqueeze(1)).to(gradient_ND.dtype), None, None, None
 

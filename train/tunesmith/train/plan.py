@@ -87,7 +87,8 @@ def _training(stages: Stages) -> dict[str, Any]:
         log("the data set is large; its tokens and steps are counted when it is trained on")
         return figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows_per_pass = train.per_device_train_batch_size * train.processes
+    per_step = rows_per_pass * train.gradient_accumulation_steps
     groups = (
         Groups.packed(examples.lengths(), recipe.data.max_length, recipe.seed)
         if train.packing

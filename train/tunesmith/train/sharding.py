@@ -17,18 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tunesmith.config.errors import ModelError, UserError
+from tunesmith.config.errors import ModelError
 from tunesmith.train.loss import TokenLoss
-
-
-def check_processes(accelerator: Any) -> None:
-    """Raise UserError when there is nothing to divide a training over."""
-    if accelerator.num_processes == 1:
-        raise UserError(
-            "train.sharding: full divides a training over several processes, and this is one; "
-            "start it with `torchrun --nproc_per_node=GPUS -m tunesmith.cli train RECIPE`, or set "
-            "train.sharding to none"
-        )
 
 
 def shard(loss: TokenLoss, accelerator: Any) -> None:

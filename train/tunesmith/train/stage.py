@@ -29,7 +29,7 @@ from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.ready import check_precision, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
-from tunesmith.train.sharding import check_processes, fill, hollow, shard
+from tunesmith.train.sharding import fill, hollow, shard
 from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
@@ -66,8 +66,6 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
     is_sharded = recipe.train.sharding == "full"
-    if is_sharded:
-        check_processes(accelerator)
     with write_together(stages, stages.trained) as work:
         parts = prepare(recipe, dataset, base, accelerator)
         saved = hollow(parts.model) if is_sharded else parts.model
