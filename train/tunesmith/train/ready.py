@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from tunesmith.config.errors import ModelError
 from tunesmith.config.schema import Train
 from tunesmith.train import fp8
 from tunesmith.train import model as models
 from tunesmith.train.region import compile_layers
 
 
-def check_precision(train: Train, device: torch.device) -> None:
+def check_device(train: Train, device: torch.device) -> None:
     """Raise ModelError, before weights are loaded, where the device lacks what `train` asks for."""
     if train.base_precision == "fp8":
         fp8.check_device(device)
+    if train.torch_compile and device.type == "cuda" and not find_spec("triton"):
+        raise ModelError("train.torch_compile: on a GPU this needs triton; install it or leave it")
 
 
 def make_ready(model: Any, train: Train) -> Any:
