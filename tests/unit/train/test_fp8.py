@@ -142,7 +142,8 @@ def test_the_layer_compiles_whole() -> None:
     )
     for run in (layer, compiled):
         given = inputs.clone().requires_grad_()
-        output = run(given)
+        with torch.autocast("cpu", torch.bfloat16):  # as in training
+            output = run(given)
         output.sum().backward()
         assert given.grad is not None
         results.append((output.detach(), given.grad))
