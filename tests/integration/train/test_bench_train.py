@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,3 +127,24 @@ def test_fp8_learns_what_bfloat16_learns(
     for name in ("eval_loss_before", "eval_loss_after", "final_loss"):
         assert abs(found[name] - plain[name]) < 0.02 * learnt, name
         assert found[name] != plain[name], "FP8 was not used"
+
+
+def test_the_gpu_script_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    """One of its runs, from the shell to the report."""
+    root = Path(__file__).parents[3]
+    few = ["--length", "16", "--batch", "1", "--steps", "1", "--warmup-steps", "1", "--rounds", "1"]
+    done = subprocess.run(
+        [root / "scripts/gpu", "--shape", "tiny", *few, "--only", "QLoRA", "--out", tmp_path],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "train-gpu.json").read_text(encoding="utf-8"))
+    runs = {run["name"]: run for run in report["runs"]}
+    assert runs["QLoRA, checkpointed"]["figures"]["tokens_per_s"]["median"] > 0
+    assert runs["LoRA"]["left_out"] == "not asked for"
+    verdicts = {goal["verdict"] for goal in report["goals"]}
+    assert verdicts <= {"not measured", "not judged"}, "no goal is met without its GPU"
+    assert (tmp_path / "train-gpu.md").read_text(encoding="utf-8") in done.stdout
