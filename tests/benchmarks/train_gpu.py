@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 NEEDED = (
-    "accelerate", "jinja2", "numpy", "peft", "pydantic", "rapidfuzz", "rich", "safetensors",
+    "accelerate", "jinja2", "numpy", "peft", "pydantic", "rich", "safetensors",
     "sqlalchemy", "tokenizers", "torch", "transformers", "typer", "yaml",
 )  # fmt: skip
 """Modules without which nothing can be measured."""
@@ -48,7 +49,7 @@ SMALL = {"train.gradient_checkpointing": True}
 RUNS = (
     Run("LoRA, compiled", COMPILED, ("--profile",)),
     Run("LoRA"),
-    Run("LoRA on FP8, compiled", COMPILED | {"train.base_precision": "fp8"}),
+    Run("LoRA on FP8, compiled", COMPILED | {"train.base_precision": "fp8"}, ("--profile",)),
     Run("LoRA, checkpointed", SMALL),
     Run("QLoRA, checkpointed", SMALL | {"train.method": "qlora"}, (), ("bitsandbytes",)),
     Run("LoRA beside TRL", COMPILED, ("--peer", "trl", "--rounds", "2"), ("trl", "datasets")),
@@ -333,6 +334,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
+    if not shutil.which("git"):
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False

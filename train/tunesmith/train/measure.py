@@ -79,7 +79,7 @@ class Meter:
         activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
         with profile(activities=activities) as found:
             self.round(steps)
-        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         return str(found.key_averages().table(sort_by=order, row_limit=_SHOWN_OPERATIONS))
 
     @property
