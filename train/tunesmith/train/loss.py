@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.config.errors import ModelError
 from tunesmith.train.examples import Example
+from tunesmith.train.head import loss_at_frozen_head
 
 _LARGEST_LOGITS = 2**26
 """Elements of one matrix of logits: 256 MiB in float32."""
@@ -85,6 +88,8 @@ class TokenLoss(nn.Module):
         """Loss in nats, summed over the targets."""
         hidden_ND = self._hidden(input_ids_BS, positions_N)
         rows = max(1, _LARGEST_LOGITS // self._vocabulary)
+        if hidden_ND.requires_grad and self._head_is_frozen:
+            return loss_at_frozen_head(hidden_ND, targets_N, self._summed_loss, rows)
         if len(targets_N) <= rows:
             return self._summed_loss(hidden_ND, targets_N)
         nats = torch.zeros((), device=hidden_ND.device)
@@ -138,6 +143,21 @@ class TokenLoss(nn.Module):
     @property
     def _vocabulary(self) -> int:
         return int(self._parts[0].get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def _head_is_frozen(self) -> bool:
+        """Whether nothing that is trained comes after the decoder.
+
+        Never where FSDP divides the model, which gathers weights for whole backward passes; nor in
+        float16, where gradients are too small before they are scaled.
+        """
+        base, decoder, _ = self._parts
+        inside = {id(weight) for weight in decoder.parameters()}
+        after = [weight for weight in base.parameters() if id(weight) not in inside]
+        after += base.get_output_embeddings().parameters()
+        is_divided = any(isinstance(module, FSDPModule) for module in self.modules())
+        is_trained = any(weight.requires_grad for weight in after)
+        return not (is_divided or is_trained or self._dtype == torch.float16)
 
     def _precision(self, like: Tensor) -> Any:
         is_reduced = self._dtype != torch.float32
