@@ -142,10 +142,13 @@ def bench_train(
     peer: Annotated[
         str | None, typer.Option(help="Also train with this program, in turns: trl.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also list where a step's time goes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Training speed, memory, and the share of what this device can do."""
-    options = {"shape": shape, "length": length, "peer": peer}
+    options = {"shape": shape, "length": length, "peer": peer, "profile": profile}
     counts = {"steps": steps, "warmup_steps": warmup_steps, "rounds": rounds}
     _execute("bench train", recipe, overrides, as_json, **options, **counts)
 

@@ -9,44 +9,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tunesmith.config import UserError, require
-from tunesmith.config.schema import Recipe
 from tunesmith.ledger import describe_environment
 from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
+from tunesmith.train.workload import PROFILED_STEPS, Workload
 
-_FIGURES_FILE = "bench.json"
-_STEPS_OF_ROWS = 4
-"""Random rows are drawn for so many steps, then seen again: their content changes no speed."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the measurement adds to the recipe."""
-
-    shape: str | None = None
-    """Random weights and rows in place of the recipe's, by a name in `shapes.SHAPES`."""
-
-    length: int | None = None
-    """Tokens of each random row; `data.max_length` when None."""
-
-    steps: int = 10
-    """Optimizer steps of one round."""
-
-    warmup_steps: int = 5
-    """Steps before the first round, and before each of a peer's."""
-
-    rounds: int = 3
-    peer: str | None = None
-    """Another program that trains in turns with Tunesmith; there is `trl`."""
+_FIGURES_FILE, _PROFILE_FILE = "bench.json", "profile.txt"
 
 
 def run(stages: Stages, **workload: Any) -> dict[str, Any]:
@@ -55,7 +31,7 @@ def run(stages: Stages, **workload: Any) -> dict[str, Any]:
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
     work_to_do = Workload(**workload)
-    _check(work_to_do, stages)
+    work_to_do.check(stages)
     for module in ("torch", "transformers"):
         require(module, "train")
     from tunesmith.train.model import quiet_libraries
@@ -126,30 +102,13 @@ def show(result: dict[str, Any]) -> RenderableType:
 _RATES = {"supervised tokens/s": "supervised_tokens_per_s", "tokens/s": "tokens_per_s"}
 
 
-def _check(workload: Workload, stages: Stages) -> None:
-    if workload.peer not in (None, "trl"):
-        raise UserError(f"--peer {workload.peer}: there is trl")
-    if workload.length and not workload.shape:
-        raise UserError("--length is of random rows, which --shape asks for")
-    for name in ("steps", "warmup_steps", "rounds"):
-        if getattr(workload, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: at least 1")
-    train = stages.recipe.train
-    assert train
-    if workload.shape and train.method == "pretrain":
-        raise UserError("--shape: train.architecture is the shape of a model to pre-train")
-    if workload.peer:
-        from tunesmith.train.peer import trl_lora
-
-        trl_lora(train)
-
-
 def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -> dict[str, Any]:
     from tunesmith.train import flops
+    from tunesmith.train.jobs import prepare_jobs
     from tunesmith.train.measure import Meter, Round
 
     started_s = time.perf_counter()
-    job, peer_job = _prepare(stages, workload, work, accelerator)
+    job, peer_job = prepare_jobs(stages, workload, work, accelerator)
     load_s = time.perf_counter() - started_s
     ceiling = flops.matmul_tflops(job.dtype, accelerator.device)
     peak = flops.peak_tflops(job.dtype, accelerator.device)
@@ -166,6 +125,9 @@ def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -
         if run_peer:
             meter.leave_memory()
             theirs.append(run_peer())
+    peak_memory_gib = meter.peak_memory_gib
+    if workload.profile and accelerator.is_main_process:
+        (work.out / _PROFILE_FILE).write_text(meter.profile(PROFILED_STEPS), encoding="utf-8")
     figures = _rates([asdict(one) for one in ours])
     useful = [one.useful_flops / one.seconds / 1e12 for one in ours if one.useful_flops is not None]
     # All ranks share the work, so each has its part of the useful operations.
@@ -175,7 +137,7 @@ def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -
         "ceiling_tflops_per_s": ceiling,
         "share_of_ceiling": rate / ceiling if rate else None,
         "mfu": rate / peak if rate and peak else None,
-        "peak_memory_gib": meter.peak_memory_gib,
+        "peak_memory_gib": peak_memory_gib,
         "final_loss": ours[-1].loss,
         "grad_norm": ours[-1].grad_norm,
         "load_s": load_s,
@@ -183,83 +145,6 @@ def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -
         "rounds": [asdict(one) for one in ours],
     }
     return figures | {"peer": _beside(figures, theirs) if theirs else None}
-
-
-def _prepare(
-    stages: Stages, workload: Workload, work: Work, accelerator: Any
-) -> tuple[Any, dict[str, Any] | None]:
-    """The loop's job on the recipe's model and rows or on random ones, and a peer's job."""
-    from tunesmith.data import make_dataset
-    from tunesmith.train import peer
-    from tunesmith.train.loop import Job
-    from tunesmith.train.loss import TokenLoss
-    from tunesmith.train.ranks import main_first
-    from tunesmith.train.ready import choose_layout
-    from tunesmith.train.stage import make_base, prepare
-
-    recipe = stages.recipe
-    assert recipe.train and recipe.data
-    steps = workload.warmup_steps + workload.rounds * workload.steps
-    settings = recipe.train.model_copy(update={"max_steps": steps})
-    base_folder: Path | None
-    if workload.shape:
-        base_folder = work.scratch / "shape"
-        model, dtype, rows = _random(recipe, workload, accelerator, base_folder)
-    else:
-        dataset = main_first(lambda: make_dataset(stages))
-        base = None if settings.method == "pretrain" else make_base(stages, accelerator)
-        parts = prepare(recipe, dataset, base, accelerator)
-        model, dtype, rows = parts.model, parts.dtype, parts.train
-        base_folder = base.root if base else None
-    loss = TokenLoss(model, dtype)
-    layout = choose_layout(recipe, rows.rows, loss, accelerator)
-    job = Job(loss, rows, rows, layout, settings, dtype, recipe.seed, work.scratch)
-    if not workload.peer:
-        return job, None
-    if base_folder is None:
-        raise UserError("--peer trl: cannot pre-train from nothing; use another method")
-    path = work.scratch / "rows.jsonl"
-    peer.write_rows(rows.rows, path)
-    longest = int(rows.lengths().max())
-    precision = "float32" if settings.method == "full" else recipe.model.dtype
-    arguments = peer.trl_arguments(settings, longest, recipe.seed, work.scratch / "trl")
-    timed_steps = workload.warmup_steps + workload.steps
-    arguments |= {"max_steps": timed_steps, "bf16": recipe.model.dtype == "bfloat16"}
-    if not workload.shape:
-        arguments["model_init_kwargs"] = {"dtype": precision}
-    return job, {
-        "base": str(base_folder),
-        "random_dtype": precision if workload.shape else None,
-        "rows": str(path),
-        "lora": peer.trl_lora(settings),
-        "arguments": arguments,
-        "timed": [workload.warmup_steps, workload.steps],
-    }
-
-
-def _random(recipe: Recipe, workload: Workload, accelerator: Any, folder: Path) -> Any:
-    """A random model of the shape, made ready as a real one is, its dtype, and random rows."""
-    import torch
-
-    from tunesmith.train import model as models
-    from tunesmith.train import shapes
-    from tunesmith.train.ready import check_precision, make_ready
-
-    train, data = recipe.train, recipe.data
-    assert workload.shape and train and data
-    check_precision(train, accelerator.device)
-    length = workload.length or data.max_length
-    config = shapes.shape_config(workload.shape, length)
-    shapes.save_empty(config, folder)
-    dtype = models.torch_dtype(recipe.model.dtype, accelerator.device)
-    torch.manual_seed(recipe.seed)
-    weights = torch.float32 if train.method == "full" or train.lora.changes_base else dtype
-    nf4 = train.method == "qlora"
-    model = shapes.random_model(config, weights, accelerator.device, nf4=nf4)
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    count = per_step * accelerator.num_processes * _STEPS_OF_ROWS
-    rows = shapes.random_rows(count, length, config.vocab_size, recipe.seed)
-    return make_ready(model, train, folder), dtype, rows
 
 
 def _peer(stages: Stages, job: dict[str, Any]) -> Callable[[], dict[str, Any]]:

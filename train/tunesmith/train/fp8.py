@@ -133,12 +133,14 @@ def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
-    product: Tensor = torch._scaled_mm(
-        left,
-        right,
-        scale_a=left_scale,
-        scale_b=right_scale,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    # A CPU emulates the product by a plain one, which autocast would round.
+    with torch.autocast(left.device.type, enabled=False):
+        product: Tensor = torch._scaled_mm(
+            left,
+            right,
+            scale_a=left_scale,
+            scale_b=right_scale,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
     return product

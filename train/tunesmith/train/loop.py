@@ -276,7 +276,7 @@ class Trainer:
         sums over ranks are rounded. It is done before the first step, so that a resumed training
         rounds like one that never stopped."""
         self._model.train()
-        self._summed_loss(self._train.rows, self._lengths[:0]).backward()
+        self._train.sums(self._model, np.empty(0, dtype=np.int64))[0].backward()
         self._optimizer.zero_grad()
 
     def _save(self, stop: Stop) -> None:

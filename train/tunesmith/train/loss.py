@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.config.errors import ModelError
 from tunesmith.train import attention
 from tunesmith.train.examples import Example
+from tunesmith.train.head import loss_at_frozen_head
 
 _LARGEST_LOGITS = 2**26
 """Elements of one matrix of logits where the head is trained: 256 MiB in float32."""
@@ -132,19 +135,18 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Loss in nats of each target [N]."""
         hidden_ND = self._hidden(input_ids_BS, positions_N, bounds, longest)
-        if self._has_frozen_head:
+        rows = max(1, _LARGEST_LOGITS // self._vocabulary)
+        if self._head_is_frozen:
             fewest = _FEWEST_ROWS[hidden_ND.device.type]
             rows = max(fewest, _FROZEN_LOGITS // self._vocabulary)
-            if torch.is_grad_enabled() and hidden_ND.requires_grad:
-                nats_N: Tensor = _GradientKept.apply(hidden_ND, targets_N, self._nats, rows)
-                return nats_N
-            chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
-            return torch.cat([self._nats(*chunk) for chunk in chunks])
-        rows = max(1, _LARGEST_LOGITS // self._vocabulary)
+            if hidden_ND.requires_grad:
+                return loss_at_frozen_head(hidden_ND, targets_N, self._nats, rows)
         if len(targets_N) <= rows:
             return self._nats(hidden_ND, targets_N)
-        # Logits of one chunk live at a time; the backward pass computes them again.
         chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+        if not hidden_ND.requires_grad:
+            return torch.cat([self._nats(*chunk) for chunk in chunks])
+        # Logits of one chunk live at a time; the backward pass computes them again.
         return torch.cat([checkpoint(self._nats, *chunk, use_reentrant=False) for chunk in chunks])
 
     def logits(self, batch: Batch) -> Tensor:
@@ -205,45 +207,27 @@ class TokenLoss(nn.Module):
         return output
 
     @property
-    def _has_frozen_head(self) -> bool:
-        head = self._parts[0].get_output_embeddings()
-        # In float16 a gradient that is not scaled yet could vanish.
-        return self._dtype != torch.float16 and not any(
-            weight.requires_grad for weight in head.parameters()
-        )
-
-    @property
     def _vocabulary(self) -> int:
         return int(self._parts[0].get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def _head_is_frozen(self) -> bool:
+        """Whether nothing that is trained comes after the decoder.
+
+        Never where FSDP divides the model, which gathers weights for whole backward passes; nor in
+        float16, where gradients are too small before they are scaled.
+        """
+        base, decoder, _ = self._parts
+        inside = {id(weight) for weight in decoder.parameters()}
+        after = [weight for weight in base.parameters() if id(weight) not in inside]
+        after += base.get_output_embeddings().parameters()
+        is_divided = any(isinstance(module, FSDPModule) for module in self.modules())
+        is_trained = any(weight.requires_grad for weight in after)
+        return not (is_divided or is_trained or self._dtype == torch.float16)
 
     def _precision(self, like: Tensor) -> Any:
         is_reduced = self._dtype != torch.float32
         return torch.autocast(like.device.type, self._dtype, enabled=is_reduced)
-
-
-class _GradientKept(torch.autograd.Function):
-    """A loss per row, whose gradient by that row is computed while its logits are there.
-
-    A frozen head needs nothing else of them, so neither logits nor a second computation of them
-    are left for the backward pass: [N, D] are kept in place of [N, V].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, nats_of: Any, rows: int) -> Tensor:
-        nats, gradients = [], []
-        for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-            with torch.enable_grad():
-                hidden_CD = hidden_CD.detach().requires_grad_()
-                nats_C = nats_of(hidden_CD, targets_C)
-                gradients += torch.autograd.grad(nats_C.sum(), hidden_CD)
-            nats.append(nats_C.detach())
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(nats)
-
-    @staticmethod
-    def backward(ctx: Any, weights_N: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * weights_N.unsqueeze(1)).to(gradient_ND.dtype), None, None, None
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from tunesmith.config.errors import ModelError
 from tunesmith.train.flops import Layers, count_layers, synchronize
 from tunesmith.train.loop import Job, Trainer
 
+_SHOWN_OPERATIONS = 30
+
 
 @dataclass(frozen=True)
 class Round:
@@ -68,6 +70,17 @@ class Meter:
             loss=self._trainer.take_window()["loss"],
             grad_norm=float(norm),
         )
+
+    def profile(self, steps: int) -> str:
+        """Which operations the time of the next steps goes to, the longest first, as a table."""
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = self._device.type == "cuda"
+        activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+        with profile(activities=activities) as found:
+            self.round(steps)
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        return str(found.key_averages().table(sort_by=order, row_limit=_SHOWN_OPERATIONS))
 
     @property
     def peak_memory_gib(self) -> float:

@@ -58,7 +58,7 @@ def run_trl(job: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str,
     return figures
 
 
-def trl_arguments(train: Train, max_length: int, seed: int, out: Path) -> dict[str, Any]:
+def trl_arguments(train: Train, max_length: int, seed: int) -> dict[str, Any]:
     """A recipe's settings as TRL's SFTConfig."""
     same = (
         "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -67,7 +67,6 @@ def trl_arguments(train: Train, max_length: int, seed: int, out: Path) -> dict[s
     )  # fmt: skip
     return {
         **train.model_dump(include=set(same)),
-        "output_dir": str(out),
         "max_length": max_length,
         "seed": seed,
         "train_sampling_strategy": "group_by_length",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from tunesmith.train.region import compile_layers
 from tunesmith.train.side import Layout
 
 
-def check_precision(train: Train, device: torch.device) -> None:
+def check_device(train: Train, device: torch.device) -> None:
     """Raise ModelError, before weights are loaded, where the device lacks what `train` asks for."""
     if train.base_precision == "fp8":
         fp8.check_device(device)
+    if train.torch_compile and device.type == "cuda" and not find_spec("triton"):
+        raise ModelError("train.torch_compile: on a GPU this needs triton; install it or leave it")
 
 
 def make_ready(model: Any, train: Train, base: Path | None) -> Any:

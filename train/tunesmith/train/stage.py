@@ -27,7 +27,7 @@ from tunesmith.train.language import (
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
-from tunesmith.train.ready import check_precision, choose_layout, make_ready
+from tunesmith.train.ready import check_device, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
 from tunesmith.train.sharding import fill, hollow, shard
 from tunesmith.train.tracking import tracked
@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerato
     """The rows in tokens and the model made ready; seeds every random choice."""
     assert recipe.train and recipe.data
     train, device = recipe.train, accelerator.device
-    check_precision(train, device)
+    check_device(train, device)
     dtype = models.torch_dtype(recipe.model.dtype, device)
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
