@@ -92,14 +92,19 @@ def _options() -> argparse.Namespace:
 def _measure(
     folder: Path, workload: str, options: argparse.Namespace, environment: dict[str, str]
 ) -> Any:
-    """Every contender in every round; medians, and ratios of the pairs of one round."""
+    """Every contender in every round, each round with a seed of its own, since the order of rows
+    alone moves the loss by a percent; medians, and ratios of the pairs of one round."""
     work = _prepare(folder, workload, options)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for at in range(options.rounds):
         order = list(CONTENDERS)
         for name in order if at % 2 == 0 else reversed(order):
             settings = CONTENDERS[name]
-            run = _tunesmith(work.recipe) if settings is None else _trl(work, environment, settings)
+            run = (
+                _tunesmith(work.recipe, SEED + at)
+                if settings is None
+                else _trl(work, environment, settings | {"seed": SEED + at})
+            )
             run["loss"] = _held_out_loss(work, Path(run.pop("adapter")))
             runs[name].append(run)
             print(workload, at, name, {k: round(v, 4) for k, v in run.items()}, file=sys.stderr)
@@ -128,28 +133,32 @@ def _prepare(folder: Path, workload: str, options: argparse.Namespace) -> Worklo
         data |= {"train": "builtin/stdlib", "max_rows": options.rows}
     else:
         data |= {"train": str(_fixed_rows(folder, options.rows))}
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "name": workload,
-                "seed": SEED,
-                "model": {"base": options.base},
-                "data": data,
-                "store": {"folder": str(folder / "store")},
-                "train": {
-                    "method": "lora",
-                    "learning_rate": LEARNING_RATE,
-                    "per_device_train_batch_size": BATCH_SIZE,
-                    "merge": False,
-                },
-            }
-        ),
-        encoding="utf-8",
-    )
-    _tunesmith(recipe)
-    stages = Stages(load_recipe(recipe))
-    return Workload(recipe, stages.made(stages.dataset).root, stages.made(stages.base).root)
+    path = folder / "recipe.yaml"
+    recipe = {
+        "name": workload,
+        "seed": SEED,
+        "model": {"base": options.base},
+        "data": data,
+        "store": {"folder": str(folder / "store")},
+        "train": {
+            "method": "lora",
+            "learning_rate": LEARNING_RATE,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "merge": False,
+        },
+    }
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    _tunesmith(path, SEED)
+    stages = Stages(load_recipe(path))
+    rows = stages.made(stages.dataset).root
+    # From now on the seed chooses no rows.
+    recipe["data"] = {
+        "train": str(rows / "train.jsonl"),
+        "evaluation": str(rows / "evaluation.jsonl"),
+        "max_length": MAX_LENGTH,
+    }
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return Workload(path, rows, stages.made(stages.base).root)
 
 
 def _fixed_rows(folder: Path, count: int) -> Path:
@@ -182,10 +191,18 @@ def _fixed_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def _tunesmith(recipe: Path) -> dict[str, Any]:
+def _tunesmith(recipe: Path, seed: int) -> dict[str, Any]:
     for adapter in (recipe.parent / "store" / "artifacts").glob("adapter-*"):
         shutil.rmtree(adapter)
-    command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith.cli",
+        "train",
+        str(recipe),
+        f"seed={seed}",
+        "--json",
+    ]
     out, peak_gib = _run(command)
     trained = json.loads(out)["trained"]
     return {
@@ -214,7 +231,6 @@ def _trl(work: Workload, environment: dict[str, str], settings: dict[str, Any]) 
                 "lr_scheduler_type": "cosine",
                 "warmup_steps": 0.03,
                 "optim": "adamw_torch_fused",
-                "seed": SEED,
             }
             | settings,
             "save": True,

@@ -88,6 +88,21 @@ def test_texts_are_packed_with_an_end_after_each(language: Language) -> None:
     assert all(row.learnt.sum() == len(row.input_ids) - 1 for row in found.rows)
 
 
+def test_texts_can_stay_apart(language: Language) -> None:
+    tokenizer = language.tokenizer
+    texts = ["def add(a, b): return a + b\n", "x\n", "return\n"]
+    found = tokenise_texts([{"text": text} for text in texts], tokenizer, data(5), apart=True)
+    expected = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        expected += [ids[at : at + 5] for at in range(0, len(ids), 5)]
+    # An end alone has nothing before it that could predict it.
+    assert [row.input_ids.tolist() for row in found.rows] == [
+        chunk for chunk in expected if len(chunk) > 1
+    ]
+    assert found.dropped == 0
+
+
 def test_the_tokenizer_spells_any_byte_and_is_always_the_same(language: Language) -> None:
     text = "naïve 漢字 \x00 \U0001f40d"
     assert language.tokenizer.decode(language.tokenizer(text)["input_ids"]) == text

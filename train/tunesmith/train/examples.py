@@ -284,9 +284,11 @@ def tokenise_texts(
     data: Data,
     total: int | None = None,
     writer: TokenWriter | None = None,
+    *,
+    apart: bool = False,
 ) -> Examples:
     """Texts, each ended by the end-of-sequence token, back to back in sequences of `max_length`,
-    learning every token.
+    learning every token; `apart`, a sequence never goes on into the next text.
 
     Raises DataError when there is nothing to learn.
     """
@@ -300,11 +302,13 @@ def tokenise_texts(
                 tokens += chain(ids, [tokenizer.eos_token_id])
                 found.read += 1
                 bar.advance()
+                if apart:
+                    _add_chunks(found, tokens, max_length)
+                    tokens = []
             whole = len(tokens) - len(tokens) % max_length
             _add_chunks(found, tokens[:whole], max_length)
             tokens = tokens[whole:]
-    if len(tokens) > 1:
-        _add_chunks(found, tokens, max_length)
+    _add_chunks(found, tokens, max_length)
     found.check(data)
     return found
 
@@ -312,6 +316,8 @@ def tokenise_texts(
 def _add_chunks(found: Examples, tokens: list[int], max_length: int) -> None:
     for start in range(0, len(tokens), max_length):
         chunk = tokens[start : start + max_length]
+        if len(chunk) == 1:  # Nothing comes before the end of this text.
+            continue
         found.add(chunk, [True] * len(chunk), max_length)
 
 

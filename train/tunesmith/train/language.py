@@ -66,7 +66,13 @@ class Language:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def tokenise(
-        self, dataset: Artifact, file: str, data: Data, limit: int | None = None
+        self,
+        dataset: Artifact,
+        file: str,
+        data: Data,
+        limit: int | None = None,
+        *,
+        texts_apart: bool = False,
     ) -> Examples:
         """The rows of one file of a dataset as examples (the first `limit` of them), tokenised
         now or found in the store's cache.
@@ -79,7 +85,7 @@ class Language:
         def make(writer: TokenWriter) -> Examples:
             rows = islice(read_rows(dataset.root / file), limit)
             if data.format == "text":
-                return tokenise_texts(rows, self.tokenizer, data, total, writer)
+                return tokenise_texts(rows, self.tokenizer, data, total, writer, apart=texts_apart)
             assert self.template, "conversations are only read with a template"
             tokenise = tokenise_pairs if data.format == "preference" else tokenise_conversations
             return tokenise(rows, self.template, data, total, writer)
@@ -90,6 +96,7 @@ class Language:
             "tokenizer": self.tokenizer_sha256,
             "data": data.model_dump(include={"max_length", "truncation"}),
             "pairs": data.format == "preference",
+            "texts_apart": texts_apart,
             "limit": limit,
         }
         found = cached(dataset.folder.parent.parent / "cache", identity, make)

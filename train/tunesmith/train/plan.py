@@ -86,7 +86,7 @@ def _training(stages: Stages) -> dict[str, Any]:
     if dataset.manifest.metrics["train_characters"] > _COUNTED_CHARACTERS:
         log("the data set is large; its tokens and steps are counted when it is trained on")
         return figures | dict.fromkeys(("steps", "tokens", "supervised_tokens"))
-    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
+    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data, texts_apart=train.packing)
     rows_per_pass = train.per_device_train_batch_size * train.processes
     per_step = rows_per_pass * train.gradient_accumulation_steps
     groups = (

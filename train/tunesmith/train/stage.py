@@ -102,8 +102,8 @@ def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerato
     check_device(train, device)
     dtype = models.torch_dtype(recipe.model.dtype, device)
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
-    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
-    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data)
+    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data, texts_apart=train.packing)
+    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data, texts_apart=train.packing)
     torch.manual_seed(recipe.seed)
     if base is None:
         assert train.architecture
