@@ -143,3 +143,22 @@ def test_a_fault_in_a_list_has_its_line(tmp_path: Path, lines: str, said: str) -
         load_recipe(path)
     assert said in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_what_is_learnt_fits_the_format(make_stages: Any) -> None:
+    make_stages("rows.jsonl", format="preference", learn="last")
+    with pytest.raises(ValueError, match="learn: last is of conversations"):
+        make_stages("rows.jsonl", format="text", learn="last")
+
+
+def test_what_is_learnt_gives_another_data_set(make_stages: Any, write_lines: Any) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = write_lines(
+        *[{"messages": [*messages[:-1], {**messages[-1], "content": str(at)}]} for at in range(9)]
+    )
+    every, last = (make_dataset(make_stages(path, learn=learn)) for learn in ("all", "last"))
+    assert every.id != last.id
+    (row, *_), (other, *_) = (list(read_rows(one.root / "train.jsonl")) for one in (every, last))
+    assert [turn.get("weight") for turn in row["messages"]] == [None] * 4
+    assert [turn.get("weight") for turn in other["messages"]] == [None, 0, None, None]
