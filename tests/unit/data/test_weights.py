@@ -69,12 +69,17 @@ def test_weights_say_how_often_rows_are_used(make_stages: Any, sources: Any) -> 
     assert make(1).id != artifact.id
 
 
-def test_max_rows_keeps_the_proportions(make_stages: Any, sources: Any) -> None:
-    train = [{**sources["talks"], "weight": 30}, {**sources["tasks"], "weight": 10}]
-    artifact = make_dataset(make_stages(train, max_rows=400))
-    talks, tasks = (source["train_rows"] for source in artifact.manifest.metrics["sources"])
-    assert talks + tasks == 400
-    assert 0.65 < talks / 400 < 0.85
+def test_max_rows_keeps_the_proportions(make_stages: Any, write_lines: Any) -> None:
+    """A row that its weight chose must not be likelier to be chosen again."""
+    train = []
+    for name, weight in (("a", 0.25), ("b", 1.0), ("c", 2.0)):
+        rows = [{"text": f"{name}{at}"} for at in range(800)]
+        train.append({"source": str(write_lines(*rows, name=f"{name}.jsonl")), "weight": weight})
+    stages = make_stages(train, format="text", max_rows=1000, evaluation_fraction=0.01)
+    used = [source["train_rows"] for source in make_dataset(stages).manifest.metrics["sources"]]
+    assert sum(used) == 1000
+    for found, expected in zip(used, (77, 308, 615), strict=True):
+        assert abs(found - expected) < 45
 
 
 def test_one_source_in_a_list_gives_the_rows_of_a_plain_one(make_stages: Any, sources: Any) -> None:
@@ -138,3 +143,22 @@ def test_a_fault_in_a_list_has_its_line(tmp_path: Path, lines: str, said: str) -
         load_recipe(path)
     assert said in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_what_is_learnt_fits_the_format(make_stages: Any) -> None:
+    make_stages("rows.jsonl", format="preference", learn="last")
+    with pytest.raises(ValueError, match="learn: last is of conversations"):
+        make_stages("rows.jsonl", format="text", learn="last")
+
+
+def test_what_is_learnt_gives_another_data_set(make_stages: Any, write_lines: Any) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = write_lines(
+        *[{"messages": [*messages[:-1], {**messages[-1], "content": str(at)}]} for at in range(9)]
+    )
+    every, last = (make_dataset(make_stages(path, learn=learn)) for learn in ("all", "last"))
+    assert every.id != last.id
+    (row, *_), (other, *_) = (list(read_rows(one.root / "train.jsonl")) for one in (every, last))
+    assert [turn.get("weight") for turn in row["messages"]] == [None] * 4
+    assert [turn.get("weight") for turn in other["messages"]] == [None, 0, None, None]

@@ -143,6 +143,7 @@ def test_texts_are_learnt_whole(make: Any) -> None:
 def test_without_the_base_there_are_counts(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = preview.run(make([talk(at) for at in range(20)], model="./nowhere"), 2)
     assert result["tokens"] is None
+    assert "no such folder: ./nowhere" in result["no_tokens_because"]
     assert result["train_rows"] + result["evaluation_rows"] == 20
     assert "training rows" in printed(result)
     assert "no such folder: ./nowhere" in capsys.readouterr().err

@@ -117,9 +117,9 @@ def _read(data: Data, draft: Draft, spool: Spool, faults: FaultLog) -> list[Read
     if data.evaluation:
         return [*reads, read("evaluation", "evaluation", Source(source=data.evaluation))]
     # A builtin source has its own rows in reserve.
-    of_builtin = {source.format: source for source in data.sources if source.source == BUILTIN_DATA}
-    reserves = [source.model_copy(update={"weight": 1.0}) for source in of_builtin.values()]
-    return [*reads, *(read("evaluation", "evaluation", source) for source in reserves)]
+    if BUILTIN_DATA in (source.source for source in data.sources):
+        reads.append(read("evaluation", "evaluation", Source(source=BUILTIN_DATA)))
+    return reads
 
 
 def _split(data: Data, reads: Sequence[Read], spool: Spool) -> tuple[Indices, Indices]:
@@ -155,7 +155,7 @@ def _weigh(read: Read, train: Indices, spool: Spool, seed: int) -> Indices:
         return rows
     whole, rest = divmod(read.weight, 1.0)
     counts = np.full(len(rows), int(whole))
-    counts[choose(spool.keys[rows], round(rest * len(rows)), seed)] += 1
+    counts[choose(spool.keys[rows], round(rest * len(rows)), seed, "weight")] += 1
     if len(rows) and not counts.any():
         raise DataError(
             f"{read.name}: weight {read.weight:g} of its {len(rows)} training rows leaves none; "

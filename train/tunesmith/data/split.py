@@ -39,14 +39,14 @@ def hold_out(keys: Keys, fraction: float) -> NDArray[np.bool_]:
     return held_out
 
 
-def choose(keys: Keys, limit: int, seed: int) -> Indices:
+def choose(keys: Keys, limit: int, seed: int, purpose: str = "") -> Indices:
     """Indices of `limit` of the rows in their order, the same rows for a seed however they are
-    ordered; all when they are fewer."""
+    ordered; all when they are fewer. Choices for different purposes do not depend on each other."""
     if not limit or len(keys) <= limit:
         return np.arange(min(limit, len(keys)))
     draws = bytearray()
     for name in identify(keys):
-        draws += hashlib.sha256(f"{seed} {name}".encode()).digest()[:16]
+        draws += hashlib.sha256(f"{seed}{purpose} {name}".encode()).digest()[:16]
     return np.sort(np.argsort(np.frombuffer(draws, "S16"), kind="stable")[:limit])
 
 

@@ -46,7 +46,7 @@ def run(stages: Stages, rows: int = 0) -> dict[str, Any]:
         language = _language(stages, dataset)
     except (UserError, OSError, ImportError) as error:
         log(f"without the base there is nothing to say about tokens: {error}")
-        return result | {"tokens": None, "shown": []}
+        return result | {"tokens": None, "no_tokens_because": str(error), "shown": []}
     files = {"train": TRAIN_FILE, "evaluation": EVALUATION_FILE}
     examples = {side: language.tokenise(dataset, file, data) for side, file in files.items()}
     return result | {
