@@ -149,13 +149,17 @@ class Trainer:
         """The rows of all ranks that the next step sees."""
         return self._order.rows(self.progress.step)
 
-    def take_window_loss(self) -> float:
-        """Nats per learnt token since the last call. Waits for the device."""
+    def take_window(self) -> tuple[float, float]:
+        """Nats per learnt token, and learnt tokens per second, since the last call."""
+        started, progress = time.monotonic(), self.progress
         nats: float = self.accelerator.reduce(self._window_nats).item()
-        loss = nats / self.progress.window_tokens
+        # A GPU may still have been at work on the last steps.
+        waited_s = time.monotonic() - started
+        progress.train_s += waited_s
+        tokens, seconds = progress.window_tokens, progress.window_s + waited_s
         self._window_nats.zero_()
-        self.progress.window_tokens, self.progress.window_s = 0, 0.0
-        return loss
+        progress.window_tokens, progress.window_s = 0, 0.0
+        return nats / tokens, tokens / seconds
 
     def _step(self, rows: Rows) -> torch.Tensor:
         """One optimizer step over the rows of all ranks; returns the norm of the gradient."""
@@ -197,8 +201,7 @@ class Trainer:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""
         progress = self.progress
         if self._due(self.settings.logging_steps):
-            tokens_per_s = progress.window_tokens / progress.window_s
-            progress.final_loss = self.take_window_loss()
+            progress.final_loss, tokens_per_s = self.take_window()
             if not math.isfinite(progress.final_loss):
                 raise TunesmithError(
                     f"the loss is {progress.final_loss} at step {progress.step}; lower "

@@ -67,7 +67,7 @@ class Meter:
             tokens=sum(int(self._lengths[step].sum()) for step in seen),
             supervised_tokens=sum(int(self._supervised[step].sum()) for step in seen),
             useful_flops=self._layers.useful_flops(rows) if self._layers else None,
-            loss=self._trainer.take_window_loss(),
+            loss=self._trainer.take_window()[0],
             grad_norm=float(norm),
         )
 
