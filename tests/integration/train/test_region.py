@@ -1,7 +1,7 @@
 """Layers that are compiled compute what they computed, whatever the lengths, and compile few times.
 
 `aot_eager` traces and differentiates as the real compiler does, and leaves out its code generation,
-which takes minutes on a CPU; the slow test has that too.
+which is slow on a CPU; tests/gpu has that too.
 """
 
 from __future__ import annotations
@@ -106,15 +106,3 @@ def test_a_model_without_layers_is_refused(base_of: Callable[[str], Path]) -> No
     model.config.num_hidden_layers = 5
     with pytest.raises(ModelError, match="no list of 5 decoder layers"):
         decoder_layers(model)
-
-
-@pytest.mark.slow
-def test_the_real_compiler_computes_the_same(base_of: Callable[[str], Path]) -> None:
-    eager, compiled = (_model(base_of("llama")) for _ in range(2))
-    compile_layers(compiled)
-    losses = TokenLoss(eager, torch.float32), TokenLoss(compiled, torch.float32)
-    for size in SIZES:
-        expected, gradient = _loss_and_gradient(eager, losses[0], size)
-        found, other = _loss_and_gradient(compiled, losses[1], size)
-        assert float(found) == pytest.approx(float(expected), rel=1e-4)
-        assert float((gradient - other).norm() / gradient.norm()) < 1e-3
