@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tunesmith.config.errors import ModelError
-from tunesmith.train.flops import Layers, count_layers, synchronize
 from tunesmith.train.loop import Job, Trainer
+from tunesmith.train.useful import Layers, count_layers, synchronize
 
 _SHOWN_OPERATIONS = 30
 

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralCo
 
 from tunesmith.config.schema import Lora
 from tunesmith.train.examples import Example
-from tunesmith.train.flops import Layers, count_layers, matmul_tflops, peak_tflops
 from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.model import add_adapter
 from tunesmith.train.shapes import random_rows, shape_config
+from tunesmith.train.useful import Layers, count_layers, matmul_tflops, peak_tflops
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
