@@ -217,8 +217,8 @@ def attention_tflops(length: int, shape: str) -> dict[str, float | None]:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from tunesmith.train.flops import synchronize
     from tunesmith.train.shapes import shape_config
+    from tunesmith.train.useful import synchronize
 
     config = shape_config(shape, length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -36,7 +36,7 @@ def _model(device: torch.device, **changes: Any) -> Any:
 def _pass(model: Any, device: torch.device, rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     batch = collate(random_rows(rows, LENGTH, 4096, 0).rows).to(device)
     loss = TokenLoss(model, torch.bfloat16).train()
-    nats = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    nats = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
     nats.backward()
     gradient = [weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]
     return nats.detach(), torch.cat(gradient)

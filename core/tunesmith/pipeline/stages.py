@@ -240,6 +240,7 @@ class Stages:
             "model": _pick(self.recipe.model, "dtype"),
             "data": _pick(self.recipe.data, "max_length") if self.recipe.data else {},
             "machine": self._machine,
+            "versions": describe_environment()["versions"],
             "seed": self.recipe.seed,
         }
         if workload["shape"]:

@@ -103,15 +103,15 @@ _RATES = {"supervised tokens/s": "supervised_tokens_per_s", "tokens/s": "tokens_
 
 
 def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -> dict[str, Any]:
-    from tunesmith.train import flops
+    from tunesmith.train import useful
     from tunesmith.train.jobs import prepare_jobs
     from tunesmith.train.measure import Meter, Round
 
     started_s = time.perf_counter()
     job, peer_job = prepare_jobs(stages, workload, work, accelerator)
     load_s = time.perf_counter() - started_s
-    ceiling = flops.matmul_tflops(job.dtype, accelerator.device)
-    peak = flops.peak_tflops(job.dtype, accelerator.device)
+    ceiling = useful.matmul_tflops(job.dtype, accelerator.device)
+    peak = useful.peak_tflops(job.dtype, accelerator.device)
     run_peer = _peer(stages, peer_job) if peer_job else None
     meter = Meter(job, accelerator)
     log(f"bench train: {workload.warmup_steps} steps of warm-up")
@@ -129,9 +129,9 @@ def _measure(stages: Stages, workload: Workload, work: Work, accelerator: Any) -
     if workload.profile and accelerator.is_main_process:
         (work.out / _PROFILE_FILE).write_text(meter.profile(PROFILED_STEPS), encoding="utf-8")
     figures = _rates([asdict(one) for one in ours])
-    useful = [one.useful_flops / one.seconds / 1e12 for one in ours if one.useful_flops is not None]
+    rates = [one.useful_flops / one.seconds / 1e12 for one in ours if one.useful_flops is not None]
     # All ranks share the work, so each has its part of the useful operations.
-    rate = statistics.median(useful) / accelerator.num_processes if useful else None
+    rate = statistics.median(rates) / accelerator.num_processes if rates else None
     figures |= {
         "useful_tflops_per_s": rate,
         "ceiling_tflops_per_s": ceiling,

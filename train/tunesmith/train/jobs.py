@@ -19,6 +19,7 @@ from tunesmith.train.loop import Job
 from tunesmith.train.loss import TokenLoss
 from tunesmith.train.ranks import main_first
 from tunesmith.train.ready import check_device, choose_layout, make_ready
+from tunesmith.train.sharding import shard
 from tunesmith.train.stage import make_base, prepare
 from tunesmith.train.workload import PROFILED_STEPS, Workload
 
@@ -49,6 +50,8 @@ def prepare_jobs(
         model, dtype, rows = parts.model, parts.dtype, parts.train
         base_folder = base.root if base else None
     loss = TokenLoss(model, dtype)
+    if settings.sharding == "full":
+        shard(loss, accelerator)
     layout = choose_layout(recipe, rows.rows, loss, accelerator)
     job = Job(loss, rows, rows, layout, settings, dtype, recipe.seed, work.scratch)
     if not workload.peer:

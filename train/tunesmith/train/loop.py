@@ -177,15 +177,20 @@ class Trainer:
         """The rows of all ranks that the next step sees."""
         return self._train.groups.rows_of(self._order.groups(self.progress.step))
 
-    def take_window(self) -> dict[str, float]:
-        """The objective's figures over the steps since the last call. Waits for the device."""
-        progress = self.progress
-        sums = self.accelerator.reduce(self._window_sums)
-        figures = self._train.named(sums, progress.window_count)
+    def take_window(self) -> tuple[dict[str, float], float]:
+        """The objective's figures, and learnt tokens per second, since the last call."""
+        started, progress = time.monotonic(), self.progress
+        figures = self._train.named(
+            self.accelerator.reduce(self._window_sums), progress.window_count
+        )
+        # A GPU may still have been at work on the last steps.
+        waited_s = time.monotonic() - started
+        progress.train_s += waited_s
+        tokens, seconds = progress.window_tokens, progress.window_s + waited_s
         self._window_sums.zero_()
         progress.window_count = progress.window_tokens = 0
         progress.window_s = 0.0
-        return figures
+        return figures, tokens / seconds
 
     def _step(self, groups: Rows) -> torch.Tensor:
         """One optimizer step over the groups of all ranks; returns the norm of the gradient."""
@@ -226,8 +231,7 @@ class Trainer:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""
         progress = self.progress
         if self._due(self.settings.logging_steps):
-            tokens_per_s = progress.window_tokens / progress.window_s
-            figures = self.take_window()
+            figures, tokens_per_s = self.take_window()
             progress.final_loss = figures["loss"]
             if not math.isfinite(progress.final_loss):
                 raise TunesmithError(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tunesmith.config.errors import ModelError
-from tunesmith.train.flops import Layers, count_layers, synchronize
 from tunesmith.train.loop import Job, Trainer
+from tunesmith.train.useful import Layers, count_layers, synchronize
 
 _SHOWN_OPERATIONS = 30
 
@@ -67,7 +67,7 @@ class Meter:
             tokens=sum(int(self._lengths[step].sum()) for step in seen),
             supervised_tokens=sum(int(self._supervised[step].sum()) for step in seen),
             useful_flops=self._layers.useful_flops(rows) if self._layers else None,
-            loss=self._trainer.take_window()["loss"],
+            loss=self._trainer.take_window()[0]["loss"],
             grad_norm=float(norm),
         )
 

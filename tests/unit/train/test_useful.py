@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralCo
 
 from tunesmith.config.schema import Lora
 from tunesmith.train.examples import Example
-from tunesmith.train.flops import Layers, count_layers, matmul_tflops, peak_tflops
 from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.model import add_adapter
 from tunesmith.train.shapes import random_rows, shape_config
+from tunesmith.train.useful import Layers, count_layers, matmul_tflops, peak_tflops
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -63,7 +63,7 @@ def test_torch_counts_the_same_matrix_products(method: str) -> None:
     loss = TokenLoss(model, torch.float32)
     batch = collate(rows)
     with FlopCounterMode(display=False) as counter:
-        loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).backward()
+        loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum().backward()
     attention = 2 * 6 * 2 * 64 * 32 * 32
     skipped = 2 * 64 * (64 + 32 + 32) * 64 if method == "lora" else 0  # the first q, k and v
     useful = layers.useful_flops(rows)
