@@ -106,21 +106,29 @@ def _add(path: Path, name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """One training through the real command, and what it recorded."""
+    """One plan and one training through the real commands."""
     recipe = prepare(folder, case)
-    command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
-    trained = json.loads(done.stdout)["trained"]
-    predicted, measured = trained["predicted_memory_gib"], trained["peak_memory_gib"]
+    planned = _tunesmith("plan", recipe)["memory"]
+    predicted = planned["peak_gib"]
+    measured = _tunesmith("train", recipe)["trained"]["peak_memory_gib"]
     return {
         "predicted_gib": predicted,
         "measured_gib": measured,
         "error": round(predicted / measured - 1, 4),
-        "parts_gib": trained["predicted_parts_gib"],
+        "parts_gib": planned["parts_gib"],
         "case": case,
     }
+
+
+def _tunesmith(command: str, recipe: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith.cli", command, str(recipe), "--json"],
+        capture_output=True, text=True, env=os.environ, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{recipe} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def prepare(folder: Path, case: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ adapters are judged by the same held-out loss: speed counts only where what was 
 
     python tests/benchmarks/train_vs_trl.py --rounds 3 --out docs/measured/train-vs-trl-cpu.json
 
-TRL comes into an environment of its own (`--peer` names a python that has it already).
+TRL comes into a folder of its own, unless it is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tunesmith.pipeline import Stages
 from tunesmith.train import model as models
 from tunesmith.train.language import EVALUATION_FILE, read_language
 from tunesmith.train.loss import TokenLoss, collate
+from tunesmith.train.peer import find_trl, run_trl
 
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "tunesmith": None,
@@ -62,9 +62,9 @@ def main() -> None:
     models.quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        peer = options.peer or _peer_environment(folder / "peer")
+        environment = find_trl(folder / "peers")
         figures = {
-            workload: _measure(folder / workload, workload, options, peer)
+            workload: _measure(folder / workload, workload, options, environment)
             for workload in ("skewed", "fixed")
         }
     report = {
@@ -85,20 +85,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--base", default="builtin/tiny-llama")
-    parser.add_argument("--peer", type=Path, help="a python that has TRL")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def _measure(folder: Path, workload: str, options: argparse.Namespace, peer: Path) -> Any:
-    """Every contender in every round; medians, and ratios of the pairs of one round."""
+def _measure(
+    folder: Path, workload: str, options: argparse.Namespace, environment: dict[str, str]
+) -> Any:
+    """Every contender in every round, each round with a seed of its own, since the order of rows
+    alone moves the loss by a percent; medians, and ratios of the pairs of one round."""
     work = _prepare(folder, workload, options)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for at in range(options.rounds):
         order = list(CONTENDERS)
         for name in order if at % 2 == 0 else reversed(order):
             settings = CONTENDERS[name]
-            run = _tunesmith(work.recipe) if settings is None else _trl(work, peer, settings)
+            run = (
+                _tunesmith(work.recipe, SEED + at)
+                if settings is None
+                else _trl(work, environment, settings | {"seed": SEED + at})
+            )
             run["loss"] = _held_out_loss(work, Path(run.pop("adapter")))
             runs[name].append(run)
             print(workload, at, name, {k: round(v, 4) for k, v in run.items()}, file=sys.stderr)
@@ -127,28 +133,32 @@ def _prepare(folder: Path, workload: str, options: argparse.Namespace) -> Worklo
         data |= {"train": "builtin/stdlib", "max_rows": options.rows}
     else:
         data |= {"train": str(_fixed_rows(folder, options.rows))}
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "name": workload,
-                "seed": SEED,
-                "model": {"base": options.base},
-                "data": data,
-                "store": {"folder": str(folder / "store")},
-                "train": {
-                    "method": "lora",
-                    "learning_rate": LEARNING_RATE,
-                    "per_device_train_batch_size": BATCH_SIZE,
-                    "merge": False,
-                },
-            }
-        ),
-        encoding="utf-8",
-    )
-    _tunesmith(recipe)
-    stages = Stages(load_recipe(recipe))
-    return Workload(recipe, stages.made(stages.dataset).root, stages.made(stages.base).root)
+    path = folder / "recipe.yaml"
+    recipe = {
+        "name": workload,
+        "seed": SEED,
+        "model": {"base": options.base},
+        "data": data,
+        "store": {"folder": str(folder / "store")},
+        "train": {
+            "method": "lora",
+            "learning_rate": LEARNING_RATE,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "merge": False,
+        },
+    }
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    _tunesmith(path, SEED)
+    stages = Stages(load_recipe(path))
+    rows = stages.made(stages.dataset).root
+    # From now on the seed chooses no rows.
+    recipe["data"] = {
+        "train": str(rows / "train.jsonl"),
+        "evaluation": str(rows / "evaluation.jsonl"),
+        "max_length": MAX_LENGTH,
+    }
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return Workload(path, rows, stages.made(stages.base).root)
 
 
 def _fixed_rows(folder: Path, count: int) -> Path:
@@ -181,10 +191,18 @@ def _fixed_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def _tunesmith(recipe: Path) -> dict[str, Any]:
+def _tunesmith(recipe: Path, seed: int) -> dict[str, Any]:
     for adapter in (recipe.parent / "store" / "artifacts").glob("adapter-*"):
         shutil.rmtree(adapter)
-    command = [sys.executable, "-m", "tunesmith.cli", "train", str(recipe), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith.cli",
+        "train",
+        str(recipe),
+        f"seed={seed}",
+        "--json",
+    ]
     out, peak_gib = _run(command)
     trained = json.loads(out)["trained"]
     return {
@@ -195,26 +213,34 @@ def _tunesmith(recipe: Path) -> dict[str, Any]:
     }
 
 
-def _trl(work: Workload, peer: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _trl(work: Workload, environment: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
     out = work.recipe.parent / "trl"
     shutil.rmtree(out, ignore_errors=True)
-    job = {
-        "rows": str(work.data / "train.jsonl"),
-        "base": str(work.base),
-        "out": str(out),
-        "max_length": MAX_LENGTH,
-        "learning_rate": LEARNING_RATE,
-        "batch_size": BATCH_SIZE,
-        "seed": SEED,
-        "settings": settings,
-    }
-    script = Path(__file__).with_name("peer_trl.py")
-    text, peak_gib = _run([str(peer), str(script), json.dumps(job)])
-    found = json.loads(text.splitlines()[-1])
+    found = run_trl(
+        {
+            "base": str(work.base),
+            "rows": str(work.data / "train.jsonl"),
+            "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+            "arguments": {
+                "output_dir": str(out),
+                "max_length": MAX_LENGTH,
+                "assistant_only_loss": True,
+                "learning_rate": LEARNING_RATE,
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": BATCH_SIZE,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.03,
+                "optim": "adamw_torch_fused",
+            }
+            | settings,
+            "save": True,
+        },
+        environment,
+    )
     return {
         "tokens_per_s": found["supervised_tokens"] / found["seconds"],
         "seconds": found["seconds"],
-        "peak_gib": peak_gib,
+        "peak_gib": found["peak_memory_gib"],
         "adapter": str(out),
     }
 
@@ -244,21 +270,9 @@ def _held_out_loss(work: Workload, adapter: Path) -> float:
     nats = tokens = 0.0
     for row in rows:
         batch = collate([row])
-        nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum())
         tokens += len(batch.targets_N)
     return nats / tokens
-
-
-def _peer_environment(folder: Path) -> Path:
-    """A python with TRL, at this environment's versions of everything that both use."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    ours = {name: version(name) for name in ("torch", "peft", "transformers", "accelerate")}
-    torch_version = ours.pop("torch").partition("+")[0]
-    pip = [folder / "bin" / "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"torch=={torch_version}"], check=True)
-    packages = [f"{name}=={found}" for name, found in ours.items()]
-    subprocess.run([*pip, "trl==1.16.0", *packages], check=True)
-    return folder / "bin" / "python"
 
 
 def _commit() -> str:

@@ -128,7 +128,7 @@ class ChatTemplate:
         tools: Tools | None = None,
         turns: Sequence[int] | None = None,
     ) -> Supervised:
-        """Tokenise a conversation and mark what is learnt: each assistant turn (or those at
+        """Tokenise a conversation and mark what is learnt: its learnt turns (or those at
         `turns`), from where the serving prompt ends to the end-of-turn token.
 
         `{% generation %}` marks of the template narrow it further. Nothing is guessed: every
@@ -144,7 +144,7 @@ class ChatTemplate:
         tools: Tools | None = None,
         turns: Sequence[int] | None = None,
     ) -> Supervised:
-        learnt = self._assistant_turns(messages) if turns is None else turns
+        learnt = self.learnt_turns(messages) if turns is None else turns
         if not learnt:
             raise DataError("no assistant turn, so nothing to learn")
         whole, marks = self._render(messages, tools)
@@ -182,14 +182,14 @@ class ChatTemplate:
     def examples(
         self, messages: Sequence[Message], *, tools: Tools | None = None
     ) -> list[Supervised]:
-        """The conversation as training examples: one, or one per assistant turn where the template
+        """The conversation as training examples: one, or one per learnt turn where the template
         rewrites turns once they are history (as thinking models' templates do)."""
         try:
             return [self.supervise(messages, tools=tools)]
         except HistoryDiffers:
             return [
                 self.supervise(messages[: turn + 1], tools=tools, turns=[turn])
-                for turn in self._assistant_turns(messages)
+                for turn in self.learnt_turns(messages)
             ]
 
     def _turn_span(
@@ -239,8 +239,13 @@ class ChatTemplate:
         return str(texts[0]), [tuple(span) for span in spans[0]] if marked else None
 
     @staticmethod
-    def _assistant_turns(messages: Sequence[Message]) -> list[int]:
-        return [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    def learnt_turns(messages: Sequence[Message]) -> list[int]:
+        """Indices of the assistant's messages, those with `"weight": 0` left out."""
+        return [
+            at
+            for at, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("weight") != 0
+        ]
 
     def _prove(self) -> None:
         """Raises ModelError when neither a plain answer nor one with reasoning can be learnt."""

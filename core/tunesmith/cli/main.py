@@ -30,17 +30,22 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Discard = Annotated[
+    bool,
+    typer.Option("--discard", help="Drop an interrupted training that this recipe differs from."),
+]
 
 # Where each command lives, and the extra that brings what it imports.
 _COMMANDS = {
     "plan": ("tunesmith.train.plan", "train"),
-    "data": ("tunesmith.data.command", "train"),
+    "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
     "eval": ("tunesmith.evaluate.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
+    "bench train": ("tunesmith.train.bench", "train"),
 }
 
 
@@ -80,16 +85,31 @@ def plan(
     _execute("plan", recipe, overrides, as_json, device=device)
 
 
-@app.command()
-def data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read, check and split the recipe's data."""
-    _execute("data", recipe, overrides, as_json)
+ShownRows = Annotated[
+    int,
+    typer.Option(
+        "--rows", min=0, help="Rows to show token by token; 0 counts rows and tokenises nothing."
+    ),
+]
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def data(
+    recipe: RecipePath, overrides: Overrides = None, rows: ShownRows = 2, as_json: AsJson = False
+) -> None:
+    """Read, check and split the recipe's data, and show what a model learns of it."""
+    _execute("data", recipe, overrides, as_json, rows=rows)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
     """Train the adapter or the model, and merge it."""
-    _execute("train", recipe, overrides, as_json)
+    _execute("train", recipe, overrides, as_json, discard=discard)
 
 
 @app.command()
@@ -116,6 +136,32 @@ def serve(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
     _execute("serve", recipe, overrides, as_json)
 
 
+@bench_app.command("train")
+def bench_train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights and rows: tiny, llama-1b, llama-8b or llama-70b."),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each random row.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a round.")] = 10,
+    warmup_steps: Annotated[int, typer.Option(help="Steps before the first round.")] = 5,
+    rounds: Annotated[int, typer.Option(help="How often it is measured.")] = 3,
+    peer: Annotated[
+        str | None, typer.Option(help="Also train with this program, in turns: trl.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also list where a step's time goes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Training speed, memory, and the share of what this device can do."""
+    options = {"shape": shape, "length": length, "peer": peer, "profile": profile}
+    counts = {"steps": steps, "warmup_steps": warmup_steps, "rounds": rounds}
+    _execute("bench train", recipe, overrides, as_json, **options, **counts)
+
+
 @bench_app.command("batch")
 def bench_batch(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Throughput and cost with a full queue."""
@@ -135,12 +181,17 @@ def bench_all(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson =
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
     """Do every section of the recipe in order, reuse what is made, and write the report."""
     from tunesmith.pipeline.run import run_recipe, show
 
     with _resumable():
-        result = run_recipe(recipe, tuple(overrides or ()))
+        result = run_recipe(recipe, tuple(overrides or ()), discard=discard)
     _print(result, show, as_json)
 
 
@@ -222,7 +273,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _execute(
-    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: str
+    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: Any
 ) -> None:
     from tunesmith.config import MissingExtraError, load_recipe
     from tunesmith.pipeline import Stages

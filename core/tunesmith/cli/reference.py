@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tunesmith.config.load import section_of
+from tunesmith.config.load import item_of, section_of
 from tunesmith.config.schema import Recipe
 
 _HEAD = """\
@@ -35,8 +35,11 @@ def _section(model: type[BaseModel], path: str) -> Iterator[str]:
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
+        where = f"{path}.{name}" if path else name
         if section:
-            inner.append((f"{path}.{name}" if path else name, section))
+            inner.append((where, section))
+        elif item := item_of(field.annotation):
+            inner.append((f"{where}[]", item))
         meaning = " ".join((field.description or "").split())
         yield f"| `{name}` | {_values(field, section)} | {_default(field)} | {meaning} |"
     yield ""
@@ -70,6 +73,8 @@ def _type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         limits = ", ".join(text for item in arguments[1:] if (text := _limit(item)))
         return f"{_type_name(arguments[0])} {limits}".strip()
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "sections"
     if arguments:
         return " or ".join(_type_name(arm) for arm in arguments)
     names = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path"}

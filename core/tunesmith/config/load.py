@@ -176,11 +176,13 @@ def _suggest(location: Key) -> str:
 
 
 def fields_at(path: Iterable[str]) -> tuple[str, ...]:
-    """The keys that a section allows; empty where the path is not a section."""
+    """The keys that a section, or an item of a list, allows; empty where the path is neither."""
     model: type[BaseModel] | None = Recipe
     for part in path:
+        if part.isdecimal():
+            continue
         field = model.model_fields.get(part) if model else None
-        model = section_of(field.annotation) if field else None
+        model = section_of(field.annotation) or item_of(field.annotation) if field else None
     return tuple(model.model_fields) if model else ()
 
 
@@ -203,3 +205,11 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
             if found := section_of(arm):
                 return found
     return None
+
+
+def item_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of the items where a value can be a list of sections."""
+    if typing.get_origin(annotation) is tuple:
+        return section_of(typing.get_args(annotation)[0])
+    found = map(item_of, typing.get_args(annotation))
+    return next(filter(None, found), None)

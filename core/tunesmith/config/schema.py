@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -21,8 +21,11 @@ Money = Annotated[float, Field(ge=0.0)]
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
-DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference"]
+Learn = Literal["all", "last"]
+Truncation = Literal["end", "start", "drop", "error"]
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
 Task = Literal["completion_loss", "chrf", "rouge_l"]
 Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
 
@@ -58,11 +61,39 @@ class Model(Section):
     """Allow Python code that comes with a hub model to run."""
 
 
+class Source(Section):
+    """One of several sources of training rows."""
+
+    source: str
+    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`."""
+
+    format: DataFormat | None = None
+    """Shape of its rows; `data.format` when null."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each of its rows is used per epoch: 2 is twice, 0.5 half of the rows, 1.5 all of
+    them and half a second time, chosen by `seed`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; the commit it resolves to is recorded."""
+
+
+def _is_list(value: Any) -> str:
+    return "tuple" if isinstance(value, (list, tuple)) else "str"
+
+
+Sources = Annotated[
+    Annotated[str, Tag("str")] | Annotated[tuple[Source, ...], Tag("tuple")],
+    Discriminator(_is_list),
+]
+
+
 class Data(Section):
     """What the model learns from, and what it is judged on."""
 
-    train: str
-    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`."""
+    train: Sources
+    """JSONL, JSON, Parquet or CSV file, hub data set id, or `builtin/stdlib`; or a list of them
+    with weights."""
 
     evaluation: str | None = None
     """Held-out rows, in the same forms; `evaluation_fraction` of `train` when null."""
@@ -71,13 +102,22 @@ class Data(Section):
     """Shape of a row."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; the commit it resolves to is recorded."""
+    """Branch, tag or commit of a hub data set (of `evaluation` alone where `train` is a list); the
+    commit it resolves to is recorded."""
 
     evaluation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of `train` that is held out when `evaluation` is null, chosen by hash of the row."""
 
     max_length: Positive = 2048
-    """Longest training example, in tokens; longer ones are cut at the end and counted."""
+    """Longest training example, in tokens; what becomes of longer ones says `truncation`."""
+
+    truncation: Truncation = "end"
+    """Cut longer examples at their `end` or their `start`, `drop` them (all of this is counted), or
+    stop with an `error`. Rows of `text` are divided and never cut."""
+
+    learn: Learn = "all"
+    """Learn `all` answers of a conversation or only the `last`. A message with `"weight": 0` is not
+    learnt either way."""
 
     max_rows: Positive | None = None
     """Use only this many training rows, chosen by `seed`; all when null."""
@@ -85,6 +125,36 @@ class Data(Section):
     max_error_rate: Fraction = 0.0
     """Share of rows that may be malformed before the run stops; they are kept in
     `errors.jsonl` either way."""
+
+    max_dropped_rate: Fraction = 0.1
+    """Share of examples that may have nothing to learn within `max_length`, or be dropped as
+    longer, before the run stops."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What `train` names."""
+        if isinstance(self.train, str):
+            return (Source(source=self.train, revision=self.revision),)
+        return self.train
+
+    @model_validator(mode="after")
+    def _settings_fit_the_format(self) -> Data:
+        if not self.sources:
+            raise ValueError("train: a list of sources has at least one")
+        kinds = {_kind(source.format or self.format) for source in self.sources}
+        if kinds != {_kind(self.format)}:
+            raise ValueError(
+                f"train: sources of format {', '.join(sorted(kinds))} cannot be mixed with "
+                f"data.format: {self.format}; conversations, preferences and text are learnt in "
+                "different ways"
+            )
+        if self.format == "text" and self.learn != "all":
+            raise ValueError("learn: last is of conversations; of format: text all is learnt")
+        return self
+
+
+def _kind(row_format: DataFormat) -> str:
+    return row_format if row_format in ("text", "preference") else "messages"
 
 
 class Lora(Section):
@@ -109,9 +179,10 @@ class Lora(Section):
     """Learn the length of each column apart from its direction (DoRA). vLLM serves such a model
     merged, never the adapter by itself."""
 
-    init_lora_weights: Literal["zeros", "pissa"] = "zeros"
+    init_lora_weights: Literal["zeros", "pissa", "loftq"] = "zeros"
     """`zeros` starts from the base as it is; `pissa` puts the base's principal components into the
-    adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r)."""
+    adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r);
+    `loftq` starts from what 4-bit quantization took from the base (`qlora`)."""
 
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
@@ -155,6 +226,20 @@ class Architecture(Section):
         return self
 
 
+class Preference(Section):
+    """How much an answer has to be preferred, in TRL's names."""
+
+    loss_type: Literal["dpo", "orpo"] = "dpo"
+    """`dpo` compares with the model as it was before training; `orpo` learns the chosen answers at
+    the same time and needs no comparison."""
+
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """`dpo`: how closely the model stays with what it was; `orpo`: weight of the preference."""
+
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to be the wrong way round (`dpo`)."""
+
+
 class Train(Section):
     """Fine-tuning or pre-training, in the names of Hugging Face `TrainingArguments`."""
 
@@ -163,6 +248,10 @@ class Train(Section):
 
     lora: Lora = Lora()
     """The adapter, for `lora` and `qlora`."""
+
+    preference: Preference | None = None
+    """Learn which of two answers is better, from rows of `data.format: preference` (and only
+    those)."""
 
     architecture: Architecture | None = None
     """The new model's shape, for `pretrain` (and only there)."""
@@ -181,6 +270,10 @@ class Train(Section):
 
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step."""
+
+    packing: bool = False
+    """Fill blocks of `data.max_length` tokens with several rows, each of which sees itself alone;
+    batch sizes then count blocks."""
 
     per_device_eval_batch_size: Positive = 8
     """Sequences per forward pass on each device while evaluating."""
@@ -214,6 +307,22 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    processes: Positive = 1
+    """Processes that train together, each on a GPU of its own; a step's batch grows with them. They
+    are started on this machine, unless `torchrun` or another launcher started this one."""
+
+    sharding: Literal["none", "full"] = "none"
+    """`none` keeps the whole model in every process; `full` divides weights, gradients and
+    optimizer over them (FSDP2), for models that are too large for one device."""
+    torch_compile: bool = False
+    """Compile the decoder layer by layer: a minute at the start, faster steps after it. Worth it on
+    a GPU for more than some hundred steps; the result is the same up to rounding."""
+
+    base_precision: Literal["same", "fp8"] = "same"
+    """Precision of the frozen linear layers, for `lora`: `same` is `model.dtype`; `fp8` halves
+    their memory and speeds up their products, on NVIDIA GPUs of Ada, Hopper or newer only. For
+    4 bits there is `method: qlora`."""
+
     eval_steps: Annotated[float, Field(gt=0.0)] = 0.25
     """Steps between evaluations; a value below 1 is a share of all steps."""
 
@@ -232,6 +341,10 @@ class Train(Section):
     logging_steps: Positive = 10
     """Steps between lines of `metrics.jsonl`."""
 
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that are shown the lines of `metrics.jsonl` too: `tensorboard`, `mlflow`, `wandb`;
+    each has an extra of its name."""
+
     merge: bool = True
     """Also write the adapter merged into its base as a checkpoint."""
 
@@ -241,6 +354,23 @@ class Train(Section):
             raise ValueError("architecture is given exactly when method is pretrain")
         if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
             raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
+        if self.method != "qlora" and self.lora.init_lora_weights == "loftq":
+            raise ValueError("lora.init_lora_weights: loftq is for 4-bit weights: method qlora")
+        if self.packing and self.preference:
+            raise ValueError("packing is for single rows; preference learns pairs")
+        if self.packing and self.neftune_noise_alpha:
+            raise ValueError("neftune_noise_alpha depends on a row's length; turn packing off")
+        if self.sharding == "full" and self.processes == 1:
+            raise ValueError("sharding: full divides the model over processes: set processes")
+        if self.sharding == "full" and self.lora.changes_base:
+            raise ValueError("lora.init_lora_weights: pissa needs whole weights: sharding none")
+        if self.sharding == "full" and "8bit" in self.optim:
+            raise ValueError("optim: 8-bit optimizers cannot be divided: sharding none")
+        if self.base_precision != "same":
+            if self.method != "lora":
+                raise ValueError("base_precision is for method: lora")
+            if self.lora.use_dora or self.lora.changes_base:
+                raise ValueError("base_precision: fp8 goes with neither lora.use_dora nor pissa")
         return self
 
 
@@ -437,6 +567,13 @@ class Recipe(Section):
             raise ValueError("model.base is required, except for train.method: pretrain")
         if self.train and not self.data:
             raise ValueError("train needs a data section")
+        prefers = self.train is not None and self.train.preference is not None
+        if self.train and self.data and prefers != (self.data.format == "preference"):
+            raise ValueError("train.preference is given exactly when data.format is preference")
+        if prefers and pretrain:
+            raise ValueError("train.preference needs a model that answers already, so a base")
+        if self.train and self.train.base_precision == "fp8" and self.model.dtype != "bfloat16":
+            raise ValueError("train.base_precision: fp8 needs model.dtype: bfloat16")
         if self.quantize and not self.data:
             raise ValueError("quantize needs a data section to calibrate on")
         adapts = self.train and self.train.method in ("lora", "qlora") and not self.train.merge
@@ -444,9 +581,16 @@ class Recipe(Section):
             raise ValueError("quantize needs the merged model: train.merge: true")
         if self.evaluate and not self.data:
             raise ValueError("evaluate needs a data section")
+        if self.train and self.train.sharding == "full" and self.model.dtype == "float16":
+            raise ValueError("train.sharding: full needs model.dtype bfloat16 or float32")
         if self.train and self.train.lora.use_dora and self.serves_adapter:
             raise ValueError(
                 "vLLM cannot serve a DoRA adapter over its base: use the model tuned, with "
                 "train.merge: true"
+            )
+        if self.train and self.train.lora.init_lora_weights == "loftq" and self.serves_adapter:
+            raise ValueError(
+                "a LoftQ adapter mends 4-bit weights, which vLLM does not serve: use the model "
+                "tuned, with train.merge: true"
             )
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,18 @@ class Draft:
             inputs=manifest.inputs,
             parents=manifest.parents,
         )
+
+    @classmethod
+    def read(cls, path: Path) -> Draft | None:
+        """What `to_text` wrote; None when a kill cut it short."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps({item.name: getattr(self, item.name) for item in fields(self)})
 
     @property
     def id(self) -> str:

@@ -1,7 +1,8 @@
 """A folder of artifacts and its index: find what is made, write what is not, verify all of it.
 
 FOLDER/artifacts/<id>/   finished and immutable
-FOLDER/work/<id>/        in progress: `out/` becomes the artifact, the rest survives a kill
+FOLDER/work/<id>/        in progress: `out/` becomes the artifact, the rest survives a kill;
+                         `draft.json` is what decides the id
 FOLDER/ledger.db         the index, unless the recipe names another
 """
 
@@ -36,6 +37,7 @@ from tunesmith.ledger.manifest import (
 )
 
 RESOLVED = "recipe.resolved.yaml"
+_DRAFT = "draft.json"
 
 
 @dataclass
@@ -119,12 +121,13 @@ class Store:
         TunesmithError when another process is making the same artifact.
         """
         base = self._work / draft.id
-        with _locked(self._work / f"{draft.id}.lock", draft.id):
+        with self._lock(draft.id):
             base.mkdir(exist_ok=True)
-            work = Work(draft, out=base / "out", scratch=base / "scratch")
+            work = Work(draft, out=base / "out", scratch=self.scratch(draft))
             shutil.rmtree(work.out, ignore_errors=True)
             work.out.mkdir()
             work.scratch.mkdir(exist_ok=True)
+            write_synced(base / _DRAFT, draft.to_text())
             clock = _Clock(base / "seconds.json")
             try:
                 yield work
@@ -164,6 +167,28 @@ class Store:
     def in_progress(self, draft: Draft) -> bool:
         """Whether an interrupted attempt left something to resume."""
         return (self._work / draft.id / "seconds.json").exists()
+
+    def interrupted(self, name: str) -> list[Draft]:
+        """What a recipe of this name began to make, did not finish and is not making now."""
+        drafts = []
+        for path in sorted(self._work.glob(f"*/{_DRAFT}")):
+            draft = Draft.read(path)
+            if draft and draft.name == name:
+                with contextlib.suppress(TunesmithError), self._lock(draft.id):
+                    drafts.append(draft)
+        return drafts
+
+    def scratch(self, draft: Draft) -> Path:
+        """Where an attempt at it keeps what outlives the attempt."""
+        return self._work / draft.id / "scratch"
+
+    def discard(self, draft: Draft) -> None:
+        """Drop an unfinished attempt. Raises TunesmithError while a process is at it."""
+        with self._lock(draft.id):
+            shutil.rmtree(self._work / draft.id, ignore_errors=True)
+
+    def _lock(self, artifact_id: str) -> contextlib.AbstractContextManager[None]:
+        return _locked(self._work / f"{artifact_id}.lock", artifact_id)
 
     def digest(self, path: Path) -> str:
         """SHA-256 of an input file, remembered while its inode, size and times stay the same."""

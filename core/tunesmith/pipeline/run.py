@@ -41,7 +41,7 @@ def steps(stages: Stages) -> list[Step]:
     recipe = stages.recipe
     found = []
     if recipe.data:
-        found.append(Step("data", ("data",), (stages.dataset,)))
+        found.append(Step("data", ("data", "--rows", "0"), (stages.dataset,)))
     if recipe.train:
         made = [
             stages.variants[name]
@@ -64,10 +64,11 @@ def steps(stages: Stages) -> list[Step]:
     return found
 
 
-def run_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -> dict[str, Any]:
     """Do all steps and write the report; returns ids, seconds and the summary.
 
-    Raises the error of the first step that fails, with that step's exit code.
+    `discard` drops an interrupted training that the recipe differs from. Raises the error of the
+    first step that fails, with that step's exit code.
     """
     started_s = time.monotonic()
     recipe = load_recipe(path, overrides)
@@ -81,7 +82,8 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             continue
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
-        _spawn(step, path, overrides)
+        flags = ("--discard",) if discard and step.name == "train" else ()
+        _spawn(step, path, (*overrides, *flags))
         timings[step.name] = time.monotonic() - before_s
         log(f"{step.name}: done in {timings[step.name]:.1f} s")
     from tunesmith.report import summary, write_report
@@ -114,12 +116,12 @@ def show(result: dict[str, Any]) -> Any:
     )
 
 
-def _spawn(step: Step, path: Path, overrides: Sequence[str]) -> None:
+def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:
     """Run one command of this CLI, pass a stop on to it, and raise on any other end than 0."""
-    command = [sys.executable, "-m", "tunesmith.cli", *step.command, str(path), *overrides]
+    command = [sys.executable, "-m", "tunesmith.cli", *step.command, str(path), *arguments]
     # Results of a step are not the run's result: its table goes where progress goes.
     process = subprocess.Popen(
-        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
     )
     try:
         code = process.wait()
@@ -137,7 +139,7 @@ def _spawn(step: Step, path: Path, overrides: Sequence[str]) -> None:
     raise error
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A step whose run was killed stops too, and keeps what it has for the next attempt."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from tunesmith.config.errors import DataError, ModelError, require
+from tunesmith.config.schema import Data
 from tunesmith.ledger import Store, hash_file
 
 BUILTIN_DATA = "builtin/stdlib"
@@ -18,6 +19,13 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 def is_file_source(source: str) -> bool:
     """Whether a data source names a file: by its ending or by being there."""
     return source.endswith(FILE_SUFFIXES) or Path(source).is_file()
+
+
+def source_names(data: Data) -> list[str]:
+    """Under what a dataset's manifest has the digest of each training source."""
+    if isinstance(data.train, str):
+        return ["train"]
+    return [f"train.{at}" for at in range(len(data.train))]
 
 
 def digest_data(store: Store, source: str, revision: str | None) -> str:

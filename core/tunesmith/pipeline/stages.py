@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
 from tunesmith.config.schema import Section
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
-from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit
+from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
 
@@ -33,14 +33,21 @@ class Stages:
         data = self.recipe.data
         if data is None:
             raise UserError(f"{self.path}: this needs a data section")
-        inputs = {"train": digest_data(self.store, data.train, data.revision)}
+        inputs = {
+            name: digest_data(self.store, source.source, source.revision)
+            for name, source in zip(source_names(data), data.sources, strict=True)
+        }
         if data.evaluation:
             inputs["evaluation"] = digest_data(self.store, data.evaluation, data.revision)
+        names = ("format", "evaluation_fraction", "max_rows", "max_error_rate")
         section = {
-            "data": _pick(data, "format", "evaluation_fraction", "max_rows", "max_error_rate"),
-            "builtin": data.train.startswith("builtin/"),
+            # Only where it is not the default, so that data sets made before keep their ids.
+            "data": _pick(data, *names, *(("learn",) if data.learn != "all" else ())),
+            "builtin": any(source.source.startswith("builtin/") for source in data.sources),
             "seed": self.recipe.seed,
         }
+        if not isinstance(data.train, str):
+            section["sources"] = [_pick(source, "format", "weight") for source in data.sources]
         return self._draft("dataset", "data", section, inputs=inputs)
 
     @cached_property
@@ -88,11 +95,12 @@ class Stages:
         section = {
             "train": _drop(
                 train,
-                *("merge", "save_steps", "logging_steps", "per_device_eval_batch_size"),
+                *("merge", "save_steps", "logging_steps", "report_to", "sharding"),
+                *("per_device_eval_batch_size", "torch_compile"),
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),
-            "data": {"max_length": self.recipe.data.max_length} if self.recipe.data else {},
+            "data": _pick(self.recipe.data, "max_length", "truncation") if self.recipe.data else {},
             "seed": self.recipe.seed,
         }
         parents = {"data": self.dataset.id}
@@ -205,14 +213,12 @@ class Stages:
         """Speed and cost of every tuned variant on this machine; `mode` is batch or serve."""
         if self.recipe.bench is None:
             raise UserError(f"{self.path}: this needs a bench section")
-        machine = describe_environment()
         section = {
             "mode": mode,
             "bench": self.recipe.bench.model_dump(mode="json"),
             "engine": self._engine,
             "price": self.recipe.price.model_dump(mode="json") if self.recipe.price else None,
-            "machine": {key: machine[key] for key in ("cpu", "cpu_count")}
-            | {"gpus": list(machine["gpus"])},
+            "machine": self._machine,
             "seed": self.recipe.seed,
         }
         parents = {name: self.variants[name].id for name in self.benchmarked}
@@ -221,6 +227,28 @@ class Stages:
         if self.recipe.data:
             parents["data"] = self.dataset.id
         return self._draft("bench", f"bench {mode}", section, self._template, parents)
+
+    def bench_train(self, workload: Mapping[str, Any]) -> Draft:
+        """Speed and memory of the training on this machine; `workload` is what the measurement adds
+        to the recipe, with the shape that takes the place of its model and rows, if any."""
+        if self.recipe.train is None:
+            raise UserError(f"{self.path}: this needs a train section")
+        section = {
+            "mode": "train",
+            "workload": dict(workload),
+            "train": self.recipe.train.model_dump(mode="json"),
+            "model": _pick(self.recipe.model, "dtype"),
+            "data": _pick(self.recipe.data, "max_length") if self.recipe.data else {},
+            "machine": self._machine,
+            "versions": describe_environment()["versions"],
+            "seed": self.recipe.seed,
+        }
+        if workload["shape"]:
+            return self._draft("bench", "bench train", section)
+        parents = {"data": self.dataset.id}
+        if self.recipe.train.method != "pretrain":
+            parents["base"] = self.base.id
+        return self._draft("bench", "bench train", section, self._template, parents)
 
     @property
     def benchmarked(self) -> tuple[str, ...]:
@@ -272,6 +300,12 @@ class Stages:
         if not template.is_file():
             raise UserError(f"{self.path}: model.chat_template: no such file: {template}")
         return {"chat_template": self.store.digest(template)}
+
+    @property
+    def _machine(self) -> dict[str, Any]:
+        """What a measured speed depends on."""
+        found = describe_environment()
+        return {key: found[key] for key in ("cpu", "cpu_count")} | {"gpus": list(found["gpus"])}
 
     @property
     def _engine(self) -> dict[str, Any]:

@@ -100,7 +100,39 @@ def test_hub_data_comes_from_the_split_that_is_meant(
         for splits in (("train",), ("validation", "test"))
     ]
     assert rows == [[{"text": "train"}], [{"text": "test"}]]
+    # Nothing was copied: the rows came as a stream.
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
     with pytest.raises(DataError, match="it has the splits train, test, none of other"):
         list(read_hub(str(folder), None, ("other",)))
     with pytest.raises(DataError, match="cannot load it from the hub"):
         list(read_hub(str(tmp_path / "none"), None, ("train",)))
+
+
+def test_hub_data_that_cannot_be_streamed_is_read_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a", "b": null}\n', encoding="utf-8")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("this format has no streaming")
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", refuse)
+    rows = [raw.value for raw in read_hub(str(folder), None, ("train",))]
+    assert rows == [{"text": "a"}]
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_stream_that_breaks_names_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    lines = (json.dumps({"text": "a" * 900}) + "\n") * 20_000
+    lines += '{"text": '
+    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(DataError, match=r"cannot read on after row [1-9]\d+: "):
+        list(read_hub(str(folder), None, ("train",)))

@@ -27,6 +27,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "pretrain", "architecture": SHAPE, "base": None,
         "data": {"train": "texts.jsonl", "format": "text", "max_length": 64},
     },
+    "dpo": {
+        "method": "lora", "learning_rate": 1e-3, "preference": {},
+        "data": {"train": "pairs.jsonl", "format": "preference", "max_length": 64},
+    },
 }  # fmt: skip
 
 
@@ -40,6 +44,11 @@ def test_the_loss_falls_as_it_did(
     monkeypatch.chdir(tmp_path)
     texts = ({"text": f"{at} times {at} is {at * at}, and not {at + at}."} for at in range(300))
     Path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    pairs = (
+        {"prompt": f"{at} times {at}?", "chosen": f"It is {at * at}.", "rejected": f"Ask {at % 7}."}
+        for at in range(60)
+    )
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     settings = {"max_steps": 50, "logging_steps": 5, "merge": False} | METHODS[method]
     result = command.run(stages_of(**settings))["trained"]
     lines = (Path(result["path"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

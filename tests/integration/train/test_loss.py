@@ -12,29 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sequences
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from sequences import make_examples
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tunesmith.config import ModelError
 from tunesmith.config.schema import Train
-from tunesmith.train.examples import Example, Examples
+from tunesmith.train.examples import Examples
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, collate
+from tunesmith.train.sharding import shard
+from tunesmith.train.sharding import whole as whole_tensor
+from tunesmith.train.side import Layout
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "phi", "phi3"]
-
-
-def make_examples(count: int) -> list[Example]:
-    random = np.random.default_rng(0)
-    found = []
-    for length in random.integers(12, 90, count):
-        learnt = random.random(length) < 0.3
-        learnt[0], learnt[-1] = False, True
-        found.append(Example(random.integers(0, 512, length).astype(np.int32), learnt))
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +45,7 @@ def test_the_loss_is_the_plain_one(family: str, base_of: Callable[[str], Path]) 
         logits_SV = model(input_ids=ids_1S).logits[0]
         plain = plain + F.cross_entropy(logits_SV[:-1], labels_S[1:], reduction="sum")
     batch = collate(examples)
-    padded = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    padded = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum()
     torch.testing.assert_close(padded, plain, rtol=1e-6, atol=0.0)
     theirs, ours = (
         torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
@@ -61,23 +56,38 @@ def test_the_loss_is_the_plain_one(family: str, base_of: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("is_frozen", [False, True])
 def test_the_full_logits_never_exist(
-    family: str, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str, is_frozen: bool, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_of(family))
-    loss = TokenLoss(model, torch.float32)
+    model.get_input_embeddings().requires_grad_(not is_frozen)
+    model.lm_head.requires_grad_(not is_frozen)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     batch = collate(make_examples(6))
-    whole = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
-    theirs = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
+    # Some objectives weigh each row by itself.
+    weight_N = torch.rand(len(batch.targets_N))
+    logits_SV = model(input_ids=batch.input_ids_BS, use_cache=False).logits.flatten(0, 1)
+    chosen_NV = logits_SV.float()[batch.positions_N]
+    whole = F.cross_entropy(chosen_NV, batch.targets_N, reduction="none") @ weight_N
+    theirs = torch.autograd.grad(whole, weights)
+
+    loss = TokenLoss(model, torch.float32)
     made: list[int] = []
     model.lm_head.register_forward_hook(lambda _layer, _inputs, output: made.append(output.numel()))
     monkeypatch.setattr("tunesmith.train.loss._LARGEST_LOGITS", 10 * 512 + 3)
-    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    monkeypatch.setattr("tunesmith.train.loss._FROZEN_LOGITS", 10 * 512 + 3)
+    monkeypatch.setattr("tunesmith.train.loss._FEWEST_ROWS", {"cpu": 1})
+    parts = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N) @ weight_N
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0.0)
-    ours = torch.autograd.grad(parts, list(model.parameters()), allow_unused=True)
-    for one, other in zip(theirs, ours, strict=True):
+    for one, other in zip(theirs, torch.autograd.grad(parts, weights), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert max(made) == 10 * 512 and len(made) == 2 * -(-len(batch.targets_N) // 10)
+    # A frozen head computes each logit once.
+    times = 1 if is_frozen else 2
+    assert max(made) == 10 * 512 and len(made) == times * -(-len(batch.targets_N) // 10)
+    with torch.no_grad():
+        again = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N) @ weight_N
+    torch.testing.assert_close(again, whole, rtol=1e-6, atol=0.0)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
@@ -90,7 +100,9 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         check_logits(loss, make_examples(1)[0], CPU)
 
 
-def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> dict[str, Any]:
+def gradients(
+    folder: Path, accelerator: Any, size: int, accumulation: int, *, sharded: bool = False
+) -> dict[str, Any]:
     """The gradient of each of two steps, the second one over a part of a global batch."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     seen: dict[str, Any] = {}
@@ -105,18 +117,22 @@ def gradients(folder: Path, accelerator: Any, size: int, accumulation: int) -> d
         lr_scheduler_type="constant",
     )
     examples = Examples(rows=make_examples(13))
-    job = Job(
-        TokenLoss(model, torch.float32), examples, examples, settings, torch.float32, 1, folder
-    )
+    loss = TokenLoss(model, torch.float32)
+    if sharded:
+        shard(loss, accelerator)
+    job = Job(loss, examples, examples, Layout(), settings, torch.float32, 1, folder)
     trainer = Trainer(job, accelerator)
     assert trainer.total_steps == 2
-    for name, weight in model.named_parameters():
-        # The sum so far; the last call of a step leaves the whole.
-        weight.register_post_accumulate_grad_hook(
-            lambda weight, name=name: seen.update({f"{trainer.progress.step} {name}": weight.grad})
-        )
+    zero_grad = trainer._optimizer.zero_grad
+
+    def keep_and_zero() -> None:
+        for name, weight in model.named_parameters():
+            seen[f"{trainer.progress.step} {name}"] = whole_tensor(weight.grad).clone()
+        zero_grad()
+
+    trainer._optimizer.zero_grad = keep_and_zero
     for step in range(2):
-        trainer._step(trainer._order.rows(step))
+        trainer._step(trainer._order.groups(step))
     return seen
 
 
@@ -159,7 +175,7 @@ def test_two_ranks_make_the_same_step(
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            | {"OMP_NUM_THREADS": "1"},
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(sequences.__file__)},
         )
         for rank in range(2)
     ]
@@ -170,11 +186,15 @@ def test_two_ranks_make_the_same_step(
             rank.kill()
             rank.wait()
     for rank in range(2):
-        assert largest_difference(whole, torch.load(tmp_path / f"{rank}.pt")) < 1e-5
+        for seen in torch.load(tmp_path / f"{rank}.pt"):
+            assert largest_difference(whole, seen) < 1e-5
 
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = gradients(Path(sys.argv[1]), accelerator, 2, 2)
-    torch.save({name: value.clone() for name, value in found.items()}, sys.argv[2])
+    found = [
+        gradients(Path(sys.argv[1]), accelerator, 2, 2, sharded=sharded)
+        for sharded in (False, True)
+    ]
+    torch.save(found, sys.argv[2])
     accelerator.end_training()

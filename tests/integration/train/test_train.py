@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError, ModelError
+from tunesmith.config.schema import Lora
 from tunesmith.pipeline import Stages
 from tunesmith.train import command
+from tunesmith.train import model as models
 from tunesmith.train.language import EVALUATION_FILE, read_language
+from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loss import TokenLoss, collate
 
 StagesOf = Callable[..., Stages]
@@ -42,7 +45,7 @@ def held_out_loss(stages: Stages, trained: dict[str, Any]) -> float:
     language = read_language(Path(trained["path"]), recipe)
     for row in language.tokenise(stages.made(stages.dataset), EVALUATION_FILE, recipe.data).rows:
         batch = collate([row])
-        nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N))
+        nats += float(model(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum())
         tokens += len(batch.targets_N)
     return nats / tokens
 
@@ -116,6 +119,28 @@ def test_qlora_keeps_the_better_merge(stages_of: StagesOf) -> None:
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     _, loading = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+def test_loftq_starts_nearer_to_the_base(
+    stages_of: StagesOf, base_of: Callable[[str], Path]
+) -> None:
+    base, device = base_of("llama"), torch.device("cpu")
+    exact = logits(AutoModelForCausalLM.from_pretrained(base), base)
+
+    def distance(mended: bool) -> float:
+        model = models.load_base(base, torch.float32, device, nf4=True)
+        adapted = models.add_adapter(model, Lora(r=16, lora_alpha=48))
+        if mended:
+            mend_quantization(adapted, base)
+        return float((logits(adapted, base) - exact).norm())
+
+    assert distance(mended=True) < 0.7 * distance(mended=False)
+    result = command.run(
+        stages_of(method="qlora", max_steps=20, lora={"init_lora_weights": "loftq", "r": 16})
+    )
+    trained, tuned = result["trained"], result["tuned"]
+    assert trained["eval_loss_after"] < 0.9 * trained["eval_loss_before"]
+    assert tuned["merged_into"] == "dequantized" and tuned["kl_nats"]["dequantized"] < 1e-4
 
 
 def test_full_changes_every_matrix(stages_of: StagesOf, base_of: Callable[[str], Path]) -> None:

@@ -62,6 +62,8 @@ def test_a_full_recipe_loads_and_its_resolved_copy_is_the_same(tmp_path: Path) -
         (("seed: 3", "max_length: 7"), 'unknown key; did you mean "data.max_length"?'),
         (("lora: {r: 8", "lora: {r: 8, lr: [}"), "not valid YAML"),
         (("lora: {r: 8", "lora: {r: 8, init_lora_weights: pissa"), "pissa needs unquantized"),
+        (("method:", "packing: true\n  neftune_noise_alpha: 5\n  method:"), "turn packing off"),
+        (("method:", "preference: {}\n  method:"), "exactly when data.format is preference"),
     ],
 )  # fmt: skip
 def test_faults_name_their_line(tmp_path: Path, change: tuple[str, str], expected: str) -> None:

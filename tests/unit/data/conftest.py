@@ -19,14 +19,14 @@ MakeStages = Callable[..., Stages]
 def make_stages(tmp_path: Path) -> MakeStages:
     """Stages of a recipe whose data section is given, in a store of its own."""
 
-    def make(train: Path | str, seed: int = 17, **data: Any) -> Stages:
+    def make(train: Path | str | list[Any], seed: int = 17, **data: Any) -> Stages:
         recipe = Recipe.model_validate(
             {
                 "name": "test",
                 "seed": seed,
                 "store": {"folder": tmp_path / "store"},
                 "model": {"base": "builtin/tiny-llama"},
-                "data": {"train": str(train), **data},
+                "data": {"train": train if isinstance(train, list) else str(train), **data},
             }
         )
         return Stages(recipe, path="recipe.yaml")

@@ -113,6 +113,15 @@ def test_turns_after_the_last_answer_are_cut_and_counted() -> None:
     assert (row["messages"], cut) == ([USER, ASSISTANT], 2)
 
 
+def test_weights_and_last_say_what_is_learnt() -> None:
+    left_out = {**ASSISTANT, "weight": 0}
+    given = [{**USER, "weight": 0}, {**left_out}, USER, {**ASSISTANT, "weight": 1}, USER, ASSISTANT]
+    row, _ = normalise({"messages": given}, "messages")
+    assert row["messages"] == [USER, left_out, USER, ASSISTANT, USER, ASSISTANT]
+    row, _ = normalise({"messages": given}, "messages", "last")
+    assert row["messages"] == [USER, left_out, USER, left_out, USER, ASSISTANT]
+
+
 @pytest.mark.parametrize(
     ("row_format", "raw", "kind", "detail"),
     [
@@ -155,6 +164,20 @@ def test_turns_after_the_last_answer_are_cut_and_counted() -> None:
         ("prompt_completion", {"prompt": "a", "completion": " "}, "empty_assistant", "turn 2"),
         ("sharegpt", {"conversations": [{"from": "x", "value": ""}]}, "unknown_role", "'x'"),
         ("sharegpt", {"conversations": [{"from": "gpt"}]}, "missing_column", "no value"),
+        (
+            "messages",
+            {"messages": [USER, {**ASSISTANT, "weight": 0}]},
+            "nothing_learnt",
+            "weight 0",
+        ),
+        ("messages", {"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "wrong_type", "turn 2"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "weight": True}]}, "wrong_type", "turn 2"),
+        (
+            "messages",
+            {"messages": [{**USER, "weight": 1}, ASSISTANT]},
+            "unlearnable_role",
+            "only the assistant's can be learnt",
+        ),
         ("text", {"text": "\n"}, "empty_text", "empty"),
         ("text", {"text": 3}, "wrong_type", "text is a string, not 3"),
     ],
@@ -171,7 +194,9 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "tool_calls", "function", "name"]),
+            st.sampled_from(
+                ["role", "content", "from", "value", "tool_calls", "function", "name", "weight"]
+            ),
             inner
             | st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "text"]),
             max_size=4,
@@ -179,7 +204,9 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-columns = sorted({"tools", "system", "history", "input"}.union(*map(set, REQUIRED.values())))
+columns = sorted(
+    {"tools", "system", "history", "input", "prompt"}.union(*map(set, REQUIRED.values()))
+)
 
 
 @given(st.dictionaries(st.sampled_from(columns), values), st.sampled_from(list(REQUIRED)))
@@ -191,3 +218,8 @@ def test_any_row_is_normalised_or_refused(raw: dict[str, Any], row_format: Any) 
     json.dumps(row, ensure_ascii=False).encode()
     if row_format != "text":
         assert row["messages"][-1]["role"] == "assistant"
+    if row_format == "preference":
+        answer = row["messages"][row["prompt_turns"] :]
+        assert row["prompt_turns"]
+        assert answer != row["rejected"]
+        assert row["rejected"][-1]["role"] == "assistant"

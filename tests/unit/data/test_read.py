@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.config.errors import DataError
+from tunesmith.data import pieces
 from tunesmith.data.faults import RowError
 from tunesmith.data.read import read_file
 
@@ -55,6 +56,50 @@ def test_a_broken_json_array_names_the_line(text: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.json:2: invalid JSON.*one row per line"):
         read(path)
+
+
+def test_a_byte_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"a": "' + "é".encode() * 300_000 + b'\xff"}]')
+    with pytest.raises(DataError, match=r"rows\.json: byte 600008 is not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_an_array_is_read_in_pieces_of_any_size(
+    size: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [
+        {"a": "\U0001f40d\\ \n]}", "b": [-1.25e-7, True, None, {"c": "" * 5}]},
+        1234,
+        "x" * 99,
+    ]
+    text = json.dumps(values * 9, indent=indent)
+    path = tmp_path / "rows.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    whole = read(path)
+    assert [value for _, value in whole[::3]] == values[:1] * 9
+    monkeypatch.setattr(pieces, "_BLOCK_CHARACTERS", size)
+    assert read(path) == whole
+    lines = [at for at, line in enumerate(text.split("\n"), 1) if line in (" {", text)]
+    assert [line for line, _ in whole[::3]] == lines * (1 if indent else 9)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1 << 18])
+def test_a_fault_has_its_line_and_column_however_far_in(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "_BLOCK_CHARACTERS", size)
+    path = tmp_path / "rows.json"
+    text = '[{"a": 1},\n' + '{"a": 2}, {"a": 3},\n' * 50 + '{"a": 4}, {"a" 5}]'
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as raised:
+        read(path)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    place = f"rows.json:{expected.value.lineno}: invalid JSON: {expected.value.msg}"
+    assert f"{place} at column {expected.value.colno};" in str(raised.value)
 
 
 def test_csv(tmp_path: Path) -> None:

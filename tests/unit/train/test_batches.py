@@ -15,14 +15,14 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(np.array)
 def test_every_row_comes_once_per_epoch(lengths: np.ndarray, rows: int, epoch: int) -> None:
     order = Order(lengths, rows, seed=1)
     first = epoch * order.steps_per_epoch
-    steps = [order.rows(step) for step in range(first, first + order.steps_per_epoch)]
+    steps = [order.groups(step) for step in range(first, first + order.steps_per_epoch)]
     assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
     assert sorted(map(len, steps))[1:] == [rows] * (len(steps) - 1)
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(1, 4))
 def test_passes_divide_the_rows_among_ranks(lengths: np.ndarray, rows: int, ranks: int) -> None:
-    step = Order(lengths, rows * ranks * 3, seed=1).rows(0)
+    step = Order(lengths, rows * ranks * 3, seed=1).groups(0)
     groups = passes(step, lengths, rows, ranks)
     shares = [share for group in groups for share in group]
     assert all(len(group) == ranks for group in groups)
@@ -33,10 +33,10 @@ def test_passes_divide_the_rows_among_ranks(lengths: np.ndarray, rows: int, rank
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 200)
     one, same, other = (Order(lengths, 8, seed) for seed in (1, 1, 2))
-    later = [same.rows(step).tolist() for step in (60, 3)]  # not in sequence
-    assert later == [one.rows(60).tolist(), one.rows(3).tolist()]
-    assert one.rows(0).tolist() != other.rows(0).tolist()
-    assert one.rows(0).tolist() != one.rows(one.steps_per_epoch).tolist()
+    later = [same.groups(step).tolist() for step in (60, 3)]  # not in sequence
+    assert later == [one.groups(60).tolist(), one.groups(3).tolist()]
+    assert one.groups(0).tolist() != other.groups(0).tolist()
+    assert one.groups(0).tolist() != one.groups(one.steps_per_epoch).tolist()
 
 
 def test_alike_lengths_stand_together() -> None:
@@ -44,7 +44,7 @@ def test_alike_lengths_stand_together() -> None:
         np.int64
     )
     order = Order(lengths, 8, seed=1)
-    steps = [order.rows(step) for step in range(order.steps_per_epoch)]
+    steps = [order.groups(step) for step in range(order.steps_per_epoch)]
     computed = sum(int(lengths[rows].max()) * len(rows) for rows in steps)
     assert lengths.sum() / computed > 0.8
     # Rows in random order would compute about three times as much.
@@ -55,7 +55,7 @@ def test_tokens_are_counted_over_epochs_and_a_part_of_one() -> None:
     lengths = np.arange(1, 31)
     order = Order(lengths, 4, seed=1)
     steps = 2 * order.steps_per_epoch + 3
-    expected = sum(int(lengths[order.rows(step)].sum()) for step in range(steps))
+    expected = sum(int(lengths[order.groups(step)].sum()) for step in range(steps))
     assert count_tokens(order, steps, lengths) == expected
 
 

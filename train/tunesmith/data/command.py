@@ -1,4 +1,4 @@
-"""`tunesmith data`: make the dataset of a recipe, or find it, and say what is in it."""
+"""Make the dataset of a recipe, or find it, and say what is in it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ _LABELS = {
     "train_characters": "training characters",
     "evaluation_characters": "held-out characters",
 }
+_SOURCE_LABELS = {
+    "weight": "weight",
+    "usable_rows": "usable",
+    "dropped_rows": "dropped",
+    "train_rows": "trained on",
+    "evaluation_rows": "held out",
+}
 
 
 def run(stages: Stages) -> dict[str, Any]:
@@ -34,4 +41,11 @@ def show(result: dict[str, Any]) -> RenderableType:
     """The counts as a table."""
     rows = [(label, f"{result[key]:,}") for key, label in _LABELS.items()]
     rows += [(f"dropped: {kind}", f"{count:,}") for kind, count in result["dropped"].items()]
-    return Group(make_table(result["id"], ("", "count"), rows), Text(result["path"], style="dim"))
+    tables = [make_table(result["id"], ("", "count"), rows)]
+    if len(result["sources"]) > 1:
+        sources = [
+            (source["source"], *(f"{source[name]:,.12g}" for name in _SOURCE_LABELS))
+            for source in result["sources"]
+        ]
+        tables.append(make_table("sources", ("", *_SOURCE_LABELS.values()), sources))
+    return Group(*tables, Text(result["path"], style="dim"))

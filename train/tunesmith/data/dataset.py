@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from tunesmith.config.errors import DataError
-from tunesmith.config.schema import Data, DataFormat
-from tunesmith.data.faults import Fault, RowError, check_error_rate, counts, write_faults
-from tunesmith.data.formats import REQUIRED, Row, fitting_formats, normalise
+from tunesmith.config.schema import Data, DataFormat, Source
+from tunesmith.data.faults import Fault, FaultLog, RowError
+from tunesmith.data.formats import REQUIRED, fitting_formats, normalise
+from tunesmith.data.messages import Row
 from tunesmith.data.read import Raw, read_file, read_hub
-from tunesmith.data.split import Keyed, choose, hold_out, identify
+from tunesmith.data.split import Indices, choose, count_among, count_distinct, hold_out
+from tunesmith.data.spool import Spool
 from tunesmith.data.stdlib import builtin_rows
 from tunesmith.ledger import Artifact, Draft
-from tunesmith.pipeline.sources import BUILTIN_DATA, is_file_source
+from tunesmith.pipeline.sources import BUILTIN_DATA, is_file_source, source_names
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import progress_bar
 
@@ -28,16 +35,24 @@ _HUB_SPLITS: dict[Side, tuple[str, ...]] = {
 }
 
 
-@dataclass
-class Source:
+@dataclass(frozen=True)
+class Read:
     """What was read from one source."""
 
-    rows: list[Keyed] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    """The rows that were dropped."""
+    name: str
+    side: Side
+    format: DataFormat
+    weight: float
+    rows: range
+    """Its usable rows in the spool."""
 
-    turns_cut: int = 0
+    dropped: int
+    turns_cut: int
     """Turns after the last answer of a conversation, from which nothing is learnt."""
+
+    def of(self, rows: Indices) -> Indices:
+        """Those of some rows that are from this source."""
+        return rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
 
 
 def make_dataset(stages: Stages) -> Artifact:
@@ -48,21 +63,27 @@ def make_dataset(stages: Stages) -> Artifact:
     draft = stages.dataset
     if found := stages.store.find(draft.id):
         return found
-    data = stages.recipe.data
+    data, seed = stages.recipe.data, stages.recipe.seed
     assert data is not None, "stages.dataset asks for the section"
     with stages.store.write(draft, stages.recipe) as work:
-        train, evaluation, sources = _sides(data, draft, work.scratch / ERRORS_FILE)
-        used = choose(train, data.max_rows, stages.recipe.seed)
-        _write_rows(work.out / TRAIN_FILE, used)
-        _write_rows(work.out / EVALUATION_FILE, evaluation)
-        faults = [fault for source in sources for fault in source.faults]
-        write_faults(work.out / ERRORS_FILE, faults)
-        work.metrics |= _metrics(used, evaluation) | {
-            "unused_rows": len(train) - len(used),
-            "dropped_rows": len(faults),
-            "dropped": counts(faults),
-            "turns_cut": sum(source.turns_cut for source in sources),
-        }
+        errors = work.scratch / ERRORS_FILE
+        with Spool(work.scratch / "rows.jsonl") as spool, FaultLog(errors) as faults:
+            reads = _read(data, draft, spool, faults)
+            train, evaluation = _split(data, reads, spool)
+            weighted = np.concatenate([_weigh(read, train, spool, seed) for read in reads])
+            used = weighted
+            if data.max_rows is not None:
+                used = weighted[choose(spool.keys[weighted], data.max_rows, seed)]
+            spool.write(work.out / TRAIN_FILE, used)
+            spool.write(work.out / EVALUATION_FILE, evaluation)
+            work.metrics |= _metrics(spool, used, evaluation) | {
+                "unused_rows": len(weighted) - len(used),
+                "dropped_rows": faults.kinds.total(),
+                "dropped": dict(sorted(faults.kinds.items())),
+                "turns_cut": sum(read.turns_cut for read in reads),
+                "sources": [_source_metrics(read, used, evaluation) for read in reads],
+            }
+        os.replace(errors, work.out / ERRORS_FILE)
     return stages.made(draft)
 
 
@@ -73,41 +94,84 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _sides(
-    data: Data, draft: Draft, listing: Path
-) -> tuple[list[Keyed], list[Keyed], list[Source]]:
-    """Training rows, evaluation rows, and the sources that they are from."""
-    is_builtin = BUILTIN_DATA in (data.train, data.evaluation)
-    builtin = builtin_rows(data.format, data.evaluation_fraction) if is_builtin else ([], [])
+def _read(data: Data, draft: Draft, spool: Spool, faults: FaultLog) -> list[Read]:
+    """Every usable row of all sources into the spool."""
+    builtin = cache(lambda row_format: builtin_rows(row_format, data.evaluation_fraction))
 
-    def read(name: str, side: Side) -> Source:
+    def read(side: Side, name: str, source: Source) -> Read:
+        row_format = source.format or data.format
         raws: Iterator[Raw]
-        if name == BUILTIN_DATA:
-            raws = (Raw(at, row) for at, row in enumerate(builtin[side == "evaluation"], 1))
-        elif is_file_source(name):
-            raws = read_file(Path(name))
+        if source.source == BUILTIN_DATA:
+            rows = builtin(row_format)[side == "evaluation"]
+            raws = (Raw(at, row) for at, row in enumerate(rows, 1))
+        elif is_file_source(source.source):
+            raws = read_file(Path(source.source))
         else:
-            raws = read_hub(name, draft.inputs[side].rpartition("@")[2], _HUB_SPLITS[side])
-        return _read_source(name, raws, data, listing)
+            commit = draft.inputs[name].rpartition("@")[2]
+            raws = read_hub(source.source, commit, _HUB_SPLITS[side])
+        settings = data.model_copy(update={"format": row_format})
+        return _read_source(source, side, raws, settings, spool, faults)
 
-    train = read(data.train, "train")
-    held_out = data.evaluation or (BUILTIN_DATA if is_builtin else None)
-    if held_out:
-        evaluation = read(held_out, "evaluation")
-        return train.rows, evaluation.rows, [train, evaluation]
-    train_rows, evaluation_rows = hold_out(train.rows, data.evaluation_fraction)
-    if not evaluation_rows:
+    named = zip(source_names(data), data.sources, strict=True)
+    reads = [read("train", name, source) for name, source in named]
+    if data.evaluation:
+        return [*reads, read("evaluation", "evaluation", Source(source=data.evaluation))]
+    # A builtin source has its own rows in reserve.
+    if BUILTIN_DATA in (source.source for source in data.sources):
+        reads.append(read("evaluation", "evaluation", Source(source=BUILTIN_DATA)))
+    return reads
+
+
+def _split(data: Data, reads: Sequence[Read], spool: Spool) -> tuple[Indices, Indices]:
+    """Which rows of the spool are trained on, and which are held out."""
+
+    def rows(side: Side, is_builtin: bool) -> Indices:
+        chosen = [
+            np.arange(read.rows.start, read.rows.stop)
+            for read in reads
+            if read.side == side and (read.name == BUILTIN_DATA) == is_builtin
+        ]
+        return np.concatenate([np.arange(0), *chosen])
+
+    own, builtin = rows("train", False), rows("train", True)
+    if data.evaluation or not len(own):
+        held_out = np.concatenate([rows("evaluation", False), rows("evaluation", True)])
+        return np.sort(np.concatenate([own, builtin])), held_out
+    is_held_out = hold_out(spool.keys[own], data.evaluation_fraction)
+    evaluation = np.concatenate([own[is_held_out], rows("evaluation", True)])
+    if not len(evaluation):
+        names = ", ".join(source.source for source in data.sources)
         raise DataError(
-            f"{data.train}: its {len(train.rows)} usable rows are all the same, so none can be "
+            f"{names}: its {len(own)} usable rows are all the same, so none can be "
             "held out; give more rows, or held-out ones with data.evaluation"
         )
-    return train_rows, evaluation_rows, [train]
+    return np.sort(np.concatenate([own[~is_held_out], builtin])), evaluation
 
 
-def _read_source(name: str, raws: Iterator[Raw], data: Data, listing: Path) -> Source:
+def _weigh(read: Read, train: Indices, spool: Spool, seed: int) -> Indices:
+    """The training rows of one source, each as often as its weight says."""
+    rows = read.of(train)
+    if read.weight == 1.0:
+        return rows
+    whole, rest = divmod(read.weight, 1.0)
+    counts = np.full(len(rows), int(whole))
+    counts[choose(spool.keys[rows], round(rest * len(rows)), seed, "weight")] += 1
+    if len(rows) and not counts.any():
+        raise DataError(
+            f"{read.name}: weight {read.weight:g} of its {len(rows)} training rows leaves none; "
+            "raise it, or leave the source out of data.train"
+        )
+    return np.repeat(rows, counts)
+
+
+def _read_source(
+    source: Source, side: Side, raws: Iterator[Raw], data: Data, spool: Spool, faults: FaultLog
+) -> Read:
     """Every usable row of one source. Raises DataError when too many are not, or none is."""
-    source = Source()
+    name, first, turns_cut = source.source, len(spool), 0
+    dropped: Counter[str] = Counter()
     columns: set[str] = set()
+    faults.begin()
     with progress_bar(f"reading {name}", None) as bar:
         for raw in raws:
             bar.advance()
@@ -115,20 +179,22 @@ def _read_source(name: str, raws: Iterator[Raw], data: Data, listing: Path) -> S
                 if isinstance(raw.value, RowError):
                     raise raw.value
                 columns |= raw.value.keys()
-                row, cut = normalise(raw.value, data.format)
-                source.rows.append(Keyed.of(row))
-                source.turns_cut += cut
+                row, cut = normalise(raw.value, data.format, data.learn)
+                spool.add(row)
+                turns_cut += cut
             except RowError as error:
-                source.faults.append(Fault(name, raw.line, error.kind, error.detail))
-    total = len(source.rows) + len(source.faults)
+                faults.add(Fault(name, raw.line, error.kind, error.detail))
+                dropped[error.kind] += 1
+    rows = range(first, len(spool))
+    total = len(rows) + dropped.total()
     if not total:
         raise DataError(f"{name}: no rows; give a source that has some")
     _check_columns(name, columns, data.format)
-    check_error_rate(name, total, source.faults, data.max_error_rate, listing)
-    if not source.rows:
-        reasons = ", ".join(f"{kind} {count}" for kind, count in counts(source.faults).items())
+    faults.check(name, total, dropped.total(), data.max_error_rate)
+    if not rows:
+        reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.items()))
         raise DataError(f"{name}: none of its {total} rows can be used ({reasons})")
-    return source
+    return Read(name, side, data.format, source.weight, rows, dropped.total(), turns_cut)
 
 
 def _check_columns(name: str, columns: set[str], row_format: DataFormat) -> None:
@@ -149,31 +215,28 @@ def _check_columns(name: str, columns: set[str], row_format: DataFormat) -> None
     )
 
 
-def _write_rows(path: Path, rows: Sequence[Keyed]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for name, keyed in zip(identify(rows), rows, strict=True):
-            # ASCII, because many readers also break lines at U+2028 and its kin.
-            file.write(json.dumps({"id": name, **keyed.row}) + "\n")
-
-
-def _metrics(train: Sequence[Keyed], evaluation: Sequence[Keyed]) -> dict[str, Any]:
-    held_out = {row.key for row in evaluation}
-    held_out_prompts = {_prompt(row.row) for row in evaluation}
+def _metrics(spool: Spool, used: Indices, evaluation: Indices) -> dict[str, Any]:
+    keys, prompts, characters = spool.keys, spool.prompts, spool.characters
+    # Rows that a weight repeats are one row here.
+    train = np.unique(used)
     return {
-        "train_rows": len(train),
+        "train_rows": len(used),
         "evaluation_rows": len(evaluation),
-        "duplicate_rows": len(train) - len({row.key for row in train}),
-        "leaked_rows": sum(row.key in held_out for row in train),
-        "leaked_prompts": sum(_prompt(row.row) in held_out_prompts for row in train),
-        "train_characters": sum(_characters(row.row) for row in train),
-        "evaluation_characters": sum(_characters(row.row) for row in evaluation),
+        "duplicate_rows": len(train) - count_distinct(keys[train]),
+        "leaked_rows": count_among(keys[train], keys[evaluation]),
+        "leaked_prompts": count_among(prompts[train], prompts[evaluation]),
+        "train_characters": int(characters[used].sum()),
+        "evaluation_characters": int(characters[evaluation].sum()),
     }
 
 
-def _prompt(row: Row) -> str:
-    """What a row asks, without its last answer."""
-    return str(row["text"]) if "text" in row else json.dumps(row["messages"][:-1], sort_keys=True)
-
-
-def _characters(row: Row) -> int:
-    return sum(len(turn["content"]) for turn in row.get("messages", ())) + len(row.get("text", ""))
+def _source_metrics(read: Read, used: Indices, evaluation: Indices) -> dict[str, Any]:
+    return {
+        "source": read.name,
+        "format": read.format,
+        "weight": read.weight,
+        "usable_rows": len(read.rows),
+        "dropped_rows": read.dropped,
+        "train_rows": len(read.of(used)),
+        "evaluation_rows": len(read.of(evaluation)),
+    }

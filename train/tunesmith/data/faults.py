@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from tunesmith.config.errors import DataError
@@ -22,9 +22,13 @@ Kind = Literal[
     "unknown_role",
     "wrong_role_order",
     "no_assistant_turn",
+    "nothing_learnt",
+    "unlearnable_role",
     "empty_assistant",
     "empty_user",
     "empty_text",
+    "equal_answers",
+    "different_prompts",
 ]
 _SHOWN = 5
 
@@ -58,28 +62,46 @@ class Fault:
         return json.dumps(vars(self))
 
 
-def counts(faults: Sequence[Fault]) -> dict[str, int]:
-    """How many rows each kind of fault cost."""
-    return dict(sorted(Counter(fault.error for fault in faults).items()))
+class FaultLog:
+    """The rows that were dropped: all of them in a file, and their number in memory."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w", encoding="utf-8")
+        self._first: list[Fault] = []
+        self.kinds: Counter[str] = Counter()
+        """How many rows each kind of fault cost."""
 
-def write_faults(path: Path, faults: Sequence[Fault]) -> None:
-    """All of them, one JSON object per line."""
-    path.write_text("".join(f"{fault.to_json()}\n" for fault in faults), encoding="utf-8")
+    def __enter__(self) -> FaultLog:
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
 
-def check_error_rate(
-    source: str, rows: int, faults: Sequence[Fault], max_error_rate: float, listing: Path
-) -> None:
-    """Raises DataError when more rows than allowed are malformed; all are written to `listing`."""
-    if len(faults) <= max_error_rate * rows:
-        return
-    write_faults(listing, faults)
-    first = "".join(f"\n  {fault.place}: {fault.detail}" for fault in faults[:_SHOWN])
-    more = len(faults) - _SHOWN
-    raise DataError(
-        f"{source}: {len(faults)} of {rows} rows are malformed, more than data.max_error_rate "
-        f"({max_error_rate:g}) allows:{first}"
-        + (f"\n  and {more} more, all listed in {listing}" if more > 0 else "")
-        + "\nmend them, or raise data.max_error_rate to leave them out"
-    )
+    def add(self, fault: Fault) -> None:
+        """Keep one."""
+        self._file.write(f"{fault.to_json()}\n")
+        self.kinds[fault.error] += 1
+        self._first = [*self._first, fault][:_SHOWN]
+
+    def begin(self) -> None:
+        """Show the first ones of what is read from now on."""
+        self._first = []
+
+    def check(self, source: str, rows: int, dropped: int, max_error_rate: float) -> None:
+        """Raises DataError when more rows of a source than allowed are malformed."""
+        if dropped <= max_error_rate * rows:
+            return
+        first = "".join(f"\n  {fault.place}: {fault.detail}" for fault in self._first)
+        more = dropped - _SHOWN
+        raise DataError(
+            f"{source}: {dropped} of {rows} rows are malformed, more than data.max_error_rate "
+            f"({max_error_rate:g}) allows:{first}"
+            + (f"\n  and {more} more, all listed in {self._path}" if more > 0 else "")
+            + "\nmend them, or raise data.max_error_rate to leave them out"
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,12 @@ from typing import Any
 
 from tunesmith.config.errors import DataError, require
 from tunesmith.data.faults import RowError
+from tunesmith.data.pieces import JsonArray, Lines, first_bad_byte
 
 _BOM = "\ufeff"
 _BATCH_ROWS = 1_000
-_SPACE = re.compile(r"\s*")
+_LARGEST_CELL = 1 << 24
+"""Characters of one CSV cell."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,12 @@ def _first_character(path: Path) -> str:
 
 def _read_array(path: Path) -> Iterator[Raw]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            for line, value in JsonArray(file).elements():
+                yield Raw(line, _object(value))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file") from error
-    line, counted = 1, 0
-    try:
-        for at, value in _elements(text):
-            line, counted = line + text.count("\n", counted, at), at
-            yield Raw(line, _object(value))
+        at = first_bad_byte(path)
+        raise DataError(f"{path}: byte {at} is not UTF-8; convert the file") from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}; what "
@@ -103,51 +101,22 @@ def _read_array(path: Path) -> Iterator[Raw]:
         ) from error
 
 
-def _elements(text: str) -> Iterator[tuple[int, Any]]:
-    """Position and value of each element of a JSON array, one at a time."""
-    decoder = json.JSONDecoder()
-    at = _skip(text, text.index("[") + 1)
-    while text[at : at + 1] != "]":
-        value, end = decoder.raw_decode(text, at)
-        yield at, value
-        at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-
-
-def _skip(text: str, at: int) -> int:
-    """Past the white space at a position."""
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
-
-
 def _read_csv(path: Path) -> Iterator[Raw]:
-    csv.field_size_limit(sys.maxsize)
+    # A quote that is never closed must not read the whole file into one cell.
+    csv.field_size_limit(_LARGEST_CELL)
     # Bytes that are not UTF-8 become lone surrogates, which are found row by row below.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = file.readlines()
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}:1: a column name occurs twice: {', '.join(header)}")
-    first = at = reader.line_num
-    reader = _csv_records(lines, at)
-    while at < len(lines):
-        start = at
-        row = _csv_row(header, reader)
-        at = first + reader.line_num
-        if row is not None:
-            yield Raw(start + 1, row)
-        if isinstance(row, RowError) and at > start + 1:
-            # A quote that is never closed swallows the lines after it: begin again with them.
-            first = at = start + 1
-            reader = _csv_records(lines, at)
-
-
-def _csv_records(lines: list[str], start: int) -> Any:
-    return csv.reader((lines[at] for at in range(start, len(lines))), strict=True)
+        lines = Lines(file)
+        header = next(csv.reader(lines), [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}:1: a column name occurs twice: {', '.join(header)}")
+        reader = csv.reader(lines, strict=True)
+        while (start := lines.begin()) is not None:
+            row = _csv_row(header, reader)
+            if row is not None:
+                yield Raw(start, row)
+            if isinstance(row, RowError) and lines.give_back():
+                reader = csv.reader(lines, strict=True)
 
 
 def _csv_row(header: list[str], reader: Any) -> dict[str, Any] | RowError | None:
@@ -183,13 +152,14 @@ def _read_parquet(path: Path) -> Iterator[Raw]:
 
 
 def read_hub(repository: str, commit: str | None, splits: tuple[str, ...]) -> Iterator[Raw]:
-    """The rows of a hub data set: its only split, or the first that it has of `splits`.
+    """The rows of a hub data set: its only split, or the first that it has of `splits`. They are
+    streamed, or read from the library's cache where they cannot be.
 
     Raises DataError when it cannot be loaded or has none of them.
     """
     datasets = require("datasets", "train")
     try:
-        found = datasets.load_dataset(repository, revision=commit)
+        found = _load_hub(datasets, repository, commit)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{repository}: cannot load it from the hub: {reason}") from error
@@ -200,8 +170,26 @@ def read_hub(repository: str, commit: str | None, splits: tuple[str, ...]) -> It
             f"{repository}: it has the splits {', '.join(names)}, none of {', '.join(splits)}; "
             "save the one you mean as a Parquet file and name that"
         )
-    for number, row in enumerate(found[split], 1):
-        yield Raw(number, _without_nulls(row))
+    number = 0
+    try:
+        for number, row in enumerate(found[split], 1):
+            yield Raw(number, _without_nulls(row))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{repository}: cannot read on after row {number}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_hub(datasets: Any, repository: str, commit: str | None) -> Any:
+    """Splits by name. Nothing is copied to the disk first where the format can be streamed."""
+    try:
+        found = datasets.load_dataset(repository, revision=commit, streaming=True)
+        for rows in found.values():
+            next(iter(rows), None)
+    except Exception:
+        # Offline, from a cache, or in an archive: what is wrong with it the other way will say.
+        return datasets.load_dataset(repository, revision=commit)
+    return found
 
 
 def _without_nulls(value: Any) -> Any:

@@ -4,24 +4,32 @@ FOLDER/step-00000120/weights.safetensors   trainable weights
                      state.pt              optimizer, schedule, gradient scaler, progress
                      random-0.pt           random number generators, one file per rank
        best.safetensors                    trainable weights of the lowest held-out loss
-A checkpoint is written beside its place and renamed: one that has its name is whole.
+A checkpoint is written beside its place and renamed: one that has its name is whole. Training waits
+for the copy in host memory alone; a thread of the main process writes it to disk.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from tunesmith.config.errors import TunesmithError
 from tunesmith.ledger.durable import sync, sync_tree
+from tunesmith.train.sharding import part, whole
 
 _WEIGHTS, _STATE, _BEST = "weights.safetensors", "state.pt", "best.safetensors"
+FOLDER = "checkpoints"
+_NAMES = "step-????????"
 
 
 class Stateful(Protocol):
@@ -34,16 +42,27 @@ class Stateful(Protocol):
         """Take it back."""
 
 
-class Checkpoints:
-    """The checkpoints of one run; only the latest is kept."""
+def newest(scratch: Path) -> Path | None:
+    """The newest whole checkpoint in a training's scratch folder."""
+    return max((scratch / FOLDER).glob(_NAMES), default=None)
 
-    def __init__(self, folder: Path, accelerator: Any) -> None:
-        self._folder = folder
+
+class Checkpoints:
+    """The checkpoints of one run; only the latest is kept. Every rank calls every method, and all
+    of them read the same folder."""
+
+    def __init__(self, scratch: Path, accelerator: Any) -> None:
+        self._scratch, self._folder = scratch, scratch / FOLDER
+        self._rank, self._is_main = accelerator.process_index, accelerator.is_main_process
         self._accelerator = accelerator
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._saved_step: int | None = None
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        return max(self._folder.glob("step-????????"), default=None)
+        """The newest whole checkpoint, as the main process sees it."""
+        found: list[Path | None] = broadcast_object_list([newest(self._scratch)])
+        return found[0]
 
     def save(
         self,
@@ -52,63 +71,92 @@ class Checkpoints:
         parts: Mapping[str, Stateful],
         progress: dict[str, Any],
     ) -> None:
-        """Write a checkpoint, then drop the older ones. Called on every rank."""
-        final = self._folder / f"step-{step:08d}"
-        if self.latest() == final:  # a stop was asked for right after it was saved
+        """Copy everything, and begin to write it once the checkpoint before is written; older
+        ones are dropped then."""
+        if step == self._saved_step:  # a stop was asked for right after it was saved
             return
-        aside = self._folder / "writing"
-        is_main = self._accelerator.is_main_process
-        if is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_file(trainable_weights(model), aside / _WEIGHTS)
-            states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**states, "progress": progress}, aside / _STATE)
-        self._accelerator.wait_for_everyone()
-        torch.save(_random_state(), aside / self._random_file)
-        self._accelerator.wait_for_everyone()
-        if is_main:
-            sync_tree(aside)
-            older = list(self._folder.glob("step-????????"))
-            os.rename(aside, final)
-            for path in older:
-                shutil.rmtree(path)
-        self._accelerator.wait_for_everyone()
+        self.wait()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        state = _on_host({**states, "progress": progress}, self._is_main)
+        random = gather_object([_random_state()])
+        weights = whole_weights(model, self._is_main)
+        if self._is_main:
+            self._writing = self._thread.submit(self._write, step, weights, state, random)
+        self._saved_step = step
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this process knows of a write that went wrong; `wait` then says what."""
+        writing = self._writing
+        return bool(writing and writing.done() and writing.exception())
+
+    def wait(self) -> None:
+        """Return when what was saved is on disk. Raises what writing it raised."""
+        error: BaseException | None = None
+        if self._writing:
+            error, self._writing = self._writing.exception(), None
+        [fault] = broadcast_object_list([error and f"{type(error).__name__}: {error}"])
+        if error:
+            raise error
+        if fault:
+            raise TunesmithError(f"the main process could not write a checkpoint: {fault}")
+
+    def close(self) -> None:
+        """Let a write come to its end, whatever ended the training."""
+        self._thread.shutdown()
 
     def restore(
         self, checkpoint: Path, model: nn.Module, parts: Mapping[str, Stateful]
     ) -> dict[str, Any]:
         """Put a checkpoint back; returns the progress it was saved with."""
-        device = str(self._accelerator.device)
-        load_trainable_weights(model, load_file(checkpoint / _WEIGHTS, device=device))
+        load_trainable_weights(model, load_file(checkpoint / _WEIGHTS))
         state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        _set_random_state(torch.load(checkpoint / self._random_file, weights_only=True))
+        for name, stateful in parts.items():
+            if isinstance(stateful, Optimizer):
+                _divide(state[name], stateful)
+            stateful.load_state_dict(state[name])
+        _set_random_state(torch.load(checkpoint / f"random-{self._rank}.pt", weights_only=True))
         progress: dict[str, Any] = state["progress"]
         return progress
 
     def save_best(self, model: nn.Module) -> None:
-        """Keep these weights as the best ones so far. Called on every rank."""
-        if self._accelerator.is_main_process:
+        """Keep these weights as the best ones so far."""
+        weights = whole_weights(model, self._is_main)
+        if self._is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             aside = self._folder / f"writing-{_BEST}"
-            save_file(trainable_weights(model), aside)
+            save_file(weights, aside)
             sync(aside)
             os.replace(aside, self._folder / _BEST)
         self._accelerator.wait_for_everyone()
 
     def load_best(self, model: nn.Module) -> None:
-        """Put the best weights back. Called on every rank."""
-        device = str(self._accelerator.device)
-        load_trainable_weights(model, load_file(self._folder / _BEST, device=device))
+        """Put the best weights back."""
+        load_trainable_weights(model, load_file(self._folder / _BEST))
 
-    @property
-    def _random_file(self) -> str:
-        return f"random-{self._accelerator.process_index}.pt"
+    def _write(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        state: dict[str, Any],
+        random: Sequence[dict[str, Tensor]],
+    ) -> None:
+        aside, final = self._folder / "writing", self._folder / f"step-{step:08d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(weights, aside / _WEIGHTS)
+        torch.save(state, aside / _STATE)
+        for rank, generators in enumerate(random):
+            torch.save(generators, aside / f"random-{rank}.pt")
+        sync_tree(aside)
+        older = list(self._folder.glob(_NAMES))
+        os.rename(aside, final)
+        sync(self._folder)
+        for path in older:
+            shutil.rmtree(path)
 
 
-def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name → weight, for every weight that is trained."""
     return {
         name: weight.detach().contiguous()
@@ -117,22 +165,57 @@ def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load_trainable_weights(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """A copy of the trained weights in host memory, on the ranks that keep it; called on every
+    rank."""
+    weights: dict[str, Tensor] = _on_host(trainable_weights(model), keep)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return weights
+
+
+def load_trainable_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Set every trained weight in place."""
     present = trainable_weights(model)
     assert present.keys() == saved.keys(), "the checkpoint is of another model"
     for name, weight in present.items():
-        weight.copy_(saved[name])
+        weight.copy_(part(saved[name], weight))
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _on_host(value: Any, keep: bool) -> Any:
+    """A copy of nested dictionaries and lists in host memory, with whole tensors, which are None
+    unless kept; called on every rank."""
+    if isinstance(value, Tensor):
+        value = whole(value)
+        if not keep:
+            return None
+        # Pinned memory is copied to at full speed, and torch uses it again for the next copy.
+        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return copy.copy_(value, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _on_host(inner, keep) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_on_host(inner, keep) for inner in value]
+    return value
+
+
+def _divide(state: dict[str, Any], optimizer: Optimizer) -> None:
+    """Leave this rank's part of whole moments in an optimizer's state."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for at, moments in state["state"].items():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.shape == weights[at].shape:
+                moments[name] = part(moment, weights[at])
+
+
+def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -12,15 +12,16 @@ from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
-from tunesmith.train.allocator import give_back_freed_tensors
 
 
-def run(stages: Stages) -> dict[str, Any]:
-    """Make what the recipe's `train` section asks for, unless it is there."""
+def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
+    """Make what the recipe's `train` section asks for, unless it is there.
+
+    Raises UserError when a training that was interrupted would be left behind, unless `discard`.
+    """
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
-    give_back_freed_tensors()
     for module in ("torch", "transformers"):
         require(module, "train")
     from tunesmith.train.model import quiet_libraries
@@ -30,11 +31,22 @@ def run(stages: Stages) -> dict[str, Any]:
         require(module, "train")
     if train.method == "qlora" or "8bit" in train.optim:
         require("bitsandbytes", "train")
+    from tunesmith.train.drift import check_drift
+    from tunesmith.train.launch import is_launched, launch
     from tunesmith.train.merge import merge_stage
-    from tunesmith.train.ranks import join, main_first
+    from tunesmith.train.ranks import check_processes, join, main_first
     from tunesmith.train.stage import make_base, train_stage
 
+    is_made = stages.store.find(stages.trained.id) is not None
+    if train.processes > 1 and not is_made and not is_launched():
+        check_drift(stages, discard=discard)
+        if stages.builds_base:
+            make_base(stages, join())
+        return launch(stages.recipe)
     accelerator = join()
+    if not is_made:
+        check_processes(accelerator, train.processes)
+    main_first(lambda: check_drift(stages, discard=discard))
     result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
     if train.method != "pretrain":
         result["base"] = make_base(stages, accelerator).id
@@ -56,9 +68,7 @@ def show(result: dict[str, Any]) -> RenderableType:
         ("supervised tokens per second", f"{trained['supervised_tokens_per_s']:,.0f}"),
         ("seconds", f"{trained['train_s']:,.1f}"),
     ]
-    if predicted := trained.get("predicted_memory_gib"):
-        measured = trained["peak_memory_gib"]
-        rows.append(("peak memory, predicted", f"{measured:.2f} GiB, {predicted:.2f}"))
+    rows.append(("peak memory in GiB", f"{trained['peak_memory_gib']:.2f}"))
     if tuned:
         kl = tuned["kl_nats"][tuned["merged_into"]]
         rows.append((f"KL of merging into {tuned['merged_into']}", f"{kl:.2e}"))

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-import resource
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tunesmith.config.errors import UserError
+from tunesmith.train.useful import matmul_tflops, peak_of
 
 THIS_MACHINE = "this"
 _CEILING_SHARE = 0.8
 """Of the peak that large matrix products reach: 790 of 989 TFLOP/s, measured on an H200."""
 
 _GPUS = {
-    "a10": (23028, 125),
-    "l4": (23034, 121),
-    "a100-40": (40960, 312),
-    "a100-80": (81920, 312),
-    "l40s": (46068, 362),
-    "h100": (81559, 989),
-    "h200": (143771, 989),
-    "b200": (183359, 2250),
+    "a10": (23028, "A10"),
+    "l4": (23034, "L4"),
+    "a100-40": (40960, "A100"),
+    "a100-80": (81920, "A100"),
+    "l40s": (46068, "L40S"),
+    "h100": (81559, "H100"),
+    "h200": (143771, "H200"),
+    "b200": (183359, "B200"),
 }
-"""Name → MiB as nvidia-smi reports them, dense bfloat16 TFLOP/s of the data sheet."""
+"""Name → MiB as nvidia-smi reports them, and what the vendor calls it."""
 
 _CUDA_RUNTIME_BYTES = 2**30
 """CUDA context, cuBLAS workspaces and what the caching allocator cannot use. Not measured."""
@@ -48,20 +47,13 @@ class Device:
     runtime_bytes: int
     """What the libraries take of it."""
     matmul_tflops: float | None
-    """What large matrix products reach; None on a CPU, where it is measured when asked for."""
+    """What large matrix products reach; None where this runs, and it can be measured."""
 
     def measured_tflops(self, dtype: str) -> float:
-        """Speed of a matrix product; on a CPU timed here, in about a second."""
+        """Speed of a matrix product; timed where this runs, in about a second."""
         if self.matmul_tflops is not None:
             return self.matmul_tflops
-        size = 1024
-        left = torch.ones((size, size), dtype=getattr(torch, dtype))
-        best_s = float("inf")
-        for _ in range(4):
-            started = time.perf_counter()
-            torch.mm(left, left)
-            best_s = min(best_s, time.perf_counter() - started)
-        return 2 * size**3 / best_s / 1e12
+        return matmul_tflops(getattr(torch, dtype), torch.device(self.type))
 
 
 def find_device(name: str = THIS_MACHINE) -> Device:
@@ -70,15 +62,14 @@ def find_device(name: str = THIS_MACHINE) -> Device:
     Raises UserError on another name.
     """
     if name in _GPUS:
-        mib, peak = _GPUS[name]
-        return Device(name, "cuda", mib * 2**20, _CUDA_RUNTIME_BYTES, peak * _CEILING_SHARE)
+        mib, model = _GPUS[name]
+        ceiling = peak_of(model) * _CEILING_SHARE
+        return Device(name, "cuda", mib * 2**20, _CUDA_RUNTIME_BYTES, ceiling)
     if name != THIS_MACHINE:
         raise UserError(f"no such device: {name}; there is {', '.join([THIS_MACHINE, *_GPUS])}")
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        known = [gpu for gpu in _GPUS if gpu.split("-")[0] in torch.cuda.get_device_name().lower()]
-        tflops = _GPUS[known[0]][1] * _CEILING_SHARE if known else 100.0
-        return Device(torch.cuda.get_device_name(), "cuda", free, _CUDA_RUNTIME_BYTES, tflops)
+        return Device(torch.cuda.get_device_name(), "cuda", free, _CUDA_RUNTIME_BYTES, None)
     held = _resident_bytes()
     return Device("this machine", "cpu", _available_bytes() + held, held + _CPU_WARMUP_BYTES, None)
 
@@ -91,11 +82,13 @@ def larger_devices(needed_bytes: int) -> list[str]:
     )
 
 
-def measured_peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far; on a CPU all of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # ru_maxrss would begin with what the parent held when it started this process.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def in_gib(size: int) -> float:

@@ -13,9 +13,10 @@ from tunesmith.config.errors import GateError, ModelError
 from tunesmith.config.schema import Recipe, Train
 from tunesmith.terminal import log
 from tunesmith.train import model as models
-from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, passes
+from tunesmith.train.batches import Groups, Order, Rows, choose_rows, count_steps, passes
 from tunesmith.train.devices import Device, in_gib, larger_devices
 from tunesmith.train.examples import Examples
+from tunesmith.train.loss import round_up
 from tunesmith.train.memory import Parts, Pass, Workload, simulate
 
 FILES = "files"
@@ -68,10 +69,9 @@ class Forecaster:
         examples: Examples,
         held_out: Examples,
         device: Device,
-        ranks: int = 1,
     ) -> None:
         assert recipe.train
-        self._recipe, self._config, self._device, self._ranks = recipe, config, device, ranks
+        self._recipe, self._config, self._device = recipe, config, device
         self._train, self._examples, self._held_out = recipe.train, examples, held_out
 
     def forecast(
@@ -83,6 +83,9 @@ class Forecaster:
         or an adapter cannot be put on it; training says more about the latter.
         """
         train = train or self._train
+        if train.sharding == "full" or train.base_precision == "fp8":
+            log("the peak memory of divided and FP8 models is not predicted")
+            return None
         dtype = getattr(torch, self._recipe.model.dtype)
         work = self._workload(train, max_length)
         try:
@@ -150,27 +153,37 @@ class Forecaster:
     def _workload(self, train: Train, max_length: int | None) -> Workload:
         limit = max_length or int(self._examples.lengths().max())
         lengths, learnt = self._sizes(self._examples, limit)
-        rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        order = Order(self._examples.lengths(), rows_per_step * self._ranks, self._recipe.seed)
+        assert self._recipe.data
+        capacity = max_length or self._recipe.data.max_length
+        groups = Groups.of_training(lengths, train, capacity, self._recipe.seed)
+        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        order = Order(groups.lengths, per_step * train.processes, self._recipe.seed)
         steps = count_steps(train.num_train_epochs, train.max_steps, order.steps_per_epoch)
         found = (
-            share
+            groups.rows_of(share)
             for step in range(steps)
             for shares in passes(
-                order.rows(step),
-                self._examples.lengths(),
+                order.groups(step),
+                groups.lengths,
                 train.per_device_train_batch_size,
-                self._ranks,
+                train.processes,
             )
             for share in shares
-            if len(share)
         )
         held_lengths, held_learnt = self._sizes(self._held_out, limit)
-        chosen = choose_rows(len(held_lengths), train.max_eval_rows, self._recipe.seed)
-        groups = passes(chosen, held_lengths, train.per_device_eval_batch_size, self._ranks)
+        held = Groups.of(held_lengths, 2 if train.preference else 1)
+        evaluated = passes(
+            choose_rows(len(held), train.max_eval_rows, self._recipe.seed),
+            held.lengths,
+            train.per_device_eval_batch_size,
+            train.processes,
+        )
+        back_to_back = self._device.type == "cuda" and not train.neftune_noise_alpha
+        is_flat = train.packing or back_to_back
+        held_rows = (held.rows_of(share) for shares in evaluated for share in shares)
         return Workload(
-            _largest(found, lengths, learnt),
-            _largest((share for group in groups for share in group), held_lengths, held_learnt),
+            _largest(found, lengths, learnt, is_flat),
+            _largest(held_rows, held_lengths, held_learnt, is_flat),
             Pass(1, int(lengths[0]) - 1, int(learnt[0])),
             train.gradient_accumulation_steps > 1,
         )
@@ -248,13 +261,24 @@ def _splits(train: Train) -> list[Change]:
     return found
 
 
-def _largest(groups: Iterator[Any], lengths: Rows, learnt: Rows) -> tuple[Pass, ...]:
-    """The pass with the most tokens and the one with the most learnt tokens, often the same."""
-    sizes = {
-        Pass(len(rows), int(lengths[rows].max()) - 1, int(learnt[rows].sum()))
-        for rows in groups
-        if len(rows)
-    }
+def _largest(
+    passes_made: Iterator[Rows], lengths: Rows, learnt: Rows, is_flat: bool
+) -> tuple[Pass, ...]:
+    """The pass with the most tokens and the one with the most learnt tokens, often the same; rows
+    are padded, or stand back to back in one."""
+    sizes = set()
+    widest = int(lengths.max())
+    for rows in passes_made:
+        if len(rows) == 0:
+            continue
+        targets, tokens = int(learnt[rows].sum()), lengths[rows] - 1
+        longest = int(tokens.max())
+        width = max(longest, min(round_up(longest), widest))
+        sizes.add(
+            Pass(1, round_up(int(tokens.sum())), targets)
+            if is_flat
+            else Pass(len(rows), width, targets)
+        )
     orders: list[Callable[[Pass], Any]] = [
         lambda one: (one.rows * one.width, one.targets),
         lambda one: (one.targets, one.rows * one.width),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,15 @@ from tunesmith.config.errors import DataError, ModelError
 from tunesmith.config.schema import Data, Recipe
 from tunesmith.data import read_rows
 from tunesmith.ledger import Artifact
-from tunesmith.train.examples import Examples, tokenise_conversations, tokenise_texts
+from tunesmith.train.cache import cached
+from tunesmith.train.examples import (
+    Examples,
+    tokenise_conversations,
+    tokenise_pairs,
+    tokenise_texts,
+)
 from tunesmith.train.tokenizer import learn_tokenizer
+from tunesmith.train.tokens import TokenWriter
 
 TRAIN_FILE, EVALUATION_FILE = "train.jsonl", "evaluation.jsonl"
 
@@ -42,22 +53,55 @@ class Language:
         """Write the tokenizer and the template in use."""
         self.tokenizer.save_pretrained(folder)
 
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Hash of all that decides how text is divided into tokens."""
+        text = self.tokenizer.backend_tokenizer.to_str()
+        # Before them stand truncation and padding, which every call sets anew.
+        parts = "".join(text.partition('"added_tokens"')[1:]) or text
+        kind = type(self.tokenizer)
+        code = "" if kind.__module__.startswith("transformers.") else inspect.getsource(kind)
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        identity = [parts, kind.__qualname__, code, special]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
     def tokenise(
-        self, dataset: Artifact, file: str, data: Data, limit: int | None = None
+        self,
+        dataset: Artifact,
+        file: str,
+        data: Data,
+        limit: int | None = None,
+        *,
+        texts_apart: bool = False,
     ) -> Examples:
-        """The rows of one file of a dataset as examples (the first `limit` of them).
+        """The rows of one file of a dataset as examples (the first `limit` of them), tokenised
+        now or found in the store's cache.
 
         Raises DataError when too many rows cannot be learnt, or none can.
         """
-        rows = islice(read_rows(dataset.root / file), limit)
         count = dataset.manifest.metrics[file.replace(".jsonl", "_rows")]
         total = min(count, limit or count)
-        if data.format == "text":
-            return tokenise_texts(rows, self.tokenizer, data.max_length, total)
-        assert self.template, "conversations are only read with a template"
-        return tokenise_conversations(
-            rows, self.template, data.max_length, data.max_error_rate, total
-        )
+
+        def make(writer: TokenWriter) -> Examples:
+            rows = islice(read_rows(dataset.root / file), limit)
+            if data.format == "text":
+                return tokenise_texts(rows, self.tokenizer, data, total, writer, apart=texts_apart)
+            assert self.template, "conversations are only read with a template"
+            tokenise = tokenise_pairs if data.format == "preference" else tokenise_conversations
+            return tokenise(rows, self.template, data, total, writer)
+
+        identity = {
+            "rows": dataset.manifest.files[file].sha256,
+            "template": self.template_sha256,
+            "tokenizer": self.tokenizer_sha256,
+            "data": data.model_dump(include={"max_length", "truncation"}),
+            "pairs": data.format == "preference",
+            "texts_apart": texts_apart,
+            "limit": limit,
+        }
+        found = cached(dataset.folder.parent.parent / "cache", identity, make)
+        found.check(data)
+        return found
 
 
 def read_language(base: Path, recipe: Recipe) -> Language:

@@ -14,17 +14,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config.errors import TunesmithError, WorkInterrupted
 from tunesmith.config.schema import Train
 from tunesmith.terminal import Bar, log, progress_bar
-from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, every, passes
+from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, every
 from tunesmith.train.checkpoint import Checkpoints
-from tunesmith.train.examples import Example, Examples
-from tunesmith.train.loss import TokenLoss, collate
+from tunesmith.train.examples import Examples
+from tunesmith.train.loss import TokenLoss
 from tunesmith.train.metrics import MetricsLog
 from tunesmith.train.optimizer import make_optimizer, make_schedule
+from tunesmith.train.sharding import whole
+from tunesmith.train.side import Layout, Side
 from tunesmith.train.signals import Stop, stop_on_signals
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,6 +41,7 @@ class Job:
     model: TokenLoss
     train: Examples
     evaluation: Examples
+    layout: Layout
     settings: Train
     dtype: torch.dtype
     seed: int
@@ -58,16 +63,28 @@ class Progress:
     """Seconds in all, over every attempt."""
 
     supervised_tokens: int = 0
-    window_nats: float = 0.0
-    """Loss summed since the last report."""
+    tokens: int = 0
+    slots: int = 0
+    """Places for tokens in all forward passes, those of padding too."""
+
+    window_sums: list[float] = field(default_factory=list)
+    """The objective's figures, summed since the last report."""
+
+    window_count: int = 0
+    """What they are divided by."""
 
     window_tokens: int = 0
+    """Learnt tokens since the last report."""
+
     window_s: float = 0.0
     final_loss: float | None = None
-    """Nats per learnt token in the last report."""
+    """The loss in the last report."""
 
     eval_losses: list[float] = field(default_factory=list)
-    """Nats per learnt held-out token, from before the first step to after the last."""
+    """Loss on held-out rows, from before the first step to after the last."""
+
+    eval_figures: dict[str, float] = field(default_factory=dict)
+    """All figures of the last evaluation."""
 
     best_step: int = 0
     """When the lowest of them was measured."""
@@ -84,11 +101,16 @@ class Trainer:
     def __init__(self, job: Job, accelerator: Any) -> None:
         self.accelerator, self.settings = accelerator, job.settings
         self._rank, self._ranks = accelerator.process_index, accelerator.num_processes
-        self._train, self._evaluation, self._seed = job.train, job.evaluation, job.seed
-        self._lengths, self._supervised = job.train.lengths(), job.train.supervised()
-        settings = job.settings
+        self._seed, self._scratch, settings = job.seed, job.scratch, job.settings
+        self._train, self._held_out = (
+            Side(examples, layout, settings.preference, accelerator, job.seed)
+            for examples, layout in (
+                (job.train, job.layout),
+                (job.evaluation, Layout(job.layout.as_documents)),
+            )
+        )
         self._order = Order(
-            self._lengths,
+            self._train.groups.lengths,
             settings.per_device_train_batch_size
             * settings.gradient_accumulation_steps
             * self._ranks,
@@ -102,14 +124,17 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=job.dtype == torch.float16
         )
-        self._model, self._optimizer = accelerator.prepare(job.model, optimizer)
+        is_sharded = isinstance(job.model, FSDPModule)
+        self._model = job.model if is_sharded else accelerator.prepare(job.model)
+        self._optimizer = accelerator.prepare(optimizer)
         self._weights = [weight for weight in self._model.parameters() if weight.requires_grad]
+        if self._ranks > 1 and not is_sharded:
+            self._settle_rounding()
         torch.manual_seed(job.seed + self._rank)
 
-        self._checkpoints = Checkpoints(job.scratch / "checkpoints", accelerator)
-        self._metrics_path = job.scratch / METRICS_FILE
+        self._checkpoints = Checkpoints(job.scratch, accelerator)
         self.progress = Progress()
-        self._window_nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._window_sums = self._train.no_sums()
         self._note = ""
 
     def run(self) -> Progress:
@@ -118,21 +143,24 @@ class Trainer:
         resumed = self.progress.step or None
         self._since = time.monotonic() - self.progress.elapsed_s
         with (
-            contextlib.closing(MetricsLog(self._metrics_path, resumed))
+            contextlib.closing(MetricsLog(self._scratch / METRICS_FILE, resumed))
             if self.accelerator.is_main_process
             else contextlib.nullcontext() as self._metrics,
+            contextlib.closing(self._checkpoints),
             stop_on_signals() as stop,
             progress_bar("training", self.total_steps) as bar,
         ):
+            self._compare_with_start()
             bar.advance(self.progress.step)
             if not resumed:
                 self._evaluate()
             while self.progress.step < self.total_steps and not self._has_stalled:
-                gradient_norm = self._step(self._order.rows(self.progress.step))
+                gradient_norm = self.advance()
                 self._report(gradient_norm, bar)
                 if self._due(self.settings.eval_steps):
                     self._evaluate()
                 self._save(stop)
+            self._checkpoints.wait()
         progress = self.progress
         if progress.step < self.total_steps and self.accelerator.is_main_process:
             log(f"stopping early: the lowest held-out loss was at step {progress.best_step}")
@@ -140,22 +168,48 @@ class Trainer:
             self._checkpoints.load_best(self._trained)
         return progress
 
-    def _step(self, rows: Rows) -> torch.Tensor:
-        """One optimizer step over the rows of all ranks; returns the norm of the gradient."""
+    def advance(self) -> torch.Tensor:
+        """One optimizer step over what is next; returns the norm of the gradient."""
+        return self._step(self._order.groups(self.progress.step))
+
+    @property
+    def next_rows(self) -> Rows:
+        """The rows of all ranks that the next step sees."""
+        return self._train.groups.rows_of(self._order.groups(self.progress.step))
+
+    def take_window(self) -> tuple[dict[str, float], float]:
+        """The objective's figures, and learnt tokens per second, since the last call."""
+        started, progress = time.monotonic(), self.progress
+        figures = self._train.named(
+            self.accelerator.reduce(self._window_sums), progress.window_count
+        )
+        # A GPU may still have been at work on the last steps.
+        waited_s = time.monotonic() - started
+        progress.train_s += waited_s
+        tokens, seconds = progress.window_tokens, progress.window_s + waited_s
+        self._window_sums.zero_()
+        progress.window_count = progress.window_tokens = 0
+        progress.window_s = 0.0
+        return figures, tokens / seconds
+
+    def _step(self, groups: Rows) -> torch.Tensor:
+        """One optimizer step over the groups of all ranks; returns the norm of the gradient."""
         started = time.monotonic()
         self._model.train()
-        supervised = int(self._supervised[rows].sum())
-        settings = self.settings
-        groups = passes(rows, self._lengths, settings.per_device_train_batch_size, self._ranks)
-        for at, shares in enumerate(groups):
-            is_last = at == len(groups) - 1
-            # Gradients are averaged over ranks, once, in the last pass.
+        rows = self._train.groups.rows_of(groups)
+        count = self._train.count(rows)
+        turns = self._train.passes(groups, self.settings.per_device_train_batch_size)
+        for at, shares in enumerate(turns):
+            is_last = at == len(turns) - 1
+            # Gradients are averaged over ranks, once, in the last pass; where they are sharded in
+            # every pass, because a rank has no room for whole ones.
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
-                nats = self._summed_loss(self._train.rows, shares[self._rank])
-                self._scaler.scale(nats * (self._ranks / supervised)).backward()
-            self._window_nats += nats.detach()
+                sums = self._train.sums(self._model, shares[self._rank])
+                self._scaler.scale(sums[0] * (self._ranks / count)).backward()
+            self._window_sums += sums.detach()
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, settings.max_grad_norm or math.inf)
+        limit = self.settings.max_grad_norm or math.inf
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._weights, limit))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
@@ -165,24 +219,20 @@ class Trainer:
         progress.step += 1
         progress.train_s += seconds
         progress.window_s += seconds
+        supervised = self._train.supervised(rows)
+        progress.window_count += count
         progress.window_tokens += supervised
         progress.supervised_tokens += supervised
+        progress.tokens += int(self._train.groups.lengths[groups].sum())
+        progress.slots += self._train.slots(groups, turns)
         return norm
-
-    def _summed_loss(self, examples: Sequence[Example], rows: Rows) -> torch.Tensor:
-        """Loss in nats over some rows; a rank without rows takes part with a loss of nothing."""
-        batch = collate([examples[row] for row in rows] or [examples[0]])
-        batch = batch.to(self.accelerator.device)
-        nats: torch.Tensor = self._model(batch.input_ids_BS, batch.positions_N, batch.targets_N)
-        return nats if len(rows) else nats * 0.0
 
     def _report(self, gradient_norm: torch.Tensor, bar: Bar) -> None:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""
         progress = self.progress
         if self._due(self.settings.logging_steps):
-            nats = self.accelerator.reduce(self._window_nats).item()
-            progress.final_loss = nats / progress.window_tokens
-            tokens_per_s = progress.window_tokens / progress.window_s
+            figures, tokens_per_s = self.take_window()
+            progress.final_loss = figures["loss"]
             if not math.isfinite(progress.final_loss):
                 raise TunesmithError(
                     f"the loss is {progress.final_loss} at step {progress.step}; lower "
@@ -190,47 +240,62 @@ class Trainer:
                 )
             self._write(
                 step=progress.step,
-                loss=progress.final_loss,
+                **figures,
                 learning_rate=self._schedule.get_last_lr()[0],
                 grad_norm=gradient_norm.item(),
                 supervised_tokens_per_s=round(tokens_per_s, 1),
                 elapsed_s=round(time.monotonic() - self._since, 3),
             )
             self._note = f"loss {progress.final_loss:.3f}, {tokens_per_s:,.0f} supervised tok/s"
-            self._window_nats.zero_()
-            progress.window_tokens, progress.window_s = 0, 0.0
         bar.advance(1, self._note)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Loss on held-out rows."""
         self._model.eval()
-        examples, settings = self._evaluation, self.settings
-        rows = choose_rows(len(examples.rows), settings.max_eval_rows, self._seed)
-        groups = passes(rows, examples.lengths(), settings.per_device_eval_batch_size, self._ranks)
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for shares in groups:
-            total += self._summed_loss(examples.rows, shares[self._rank])
-        loss = self.accelerator.reduce(total).item() / int(examples.supervised()[rows].sum())
+        side, settings = self._held_out, self.settings
+        chosen = choose_rows(len(side.groups), settings.max_eval_rows, self._seed)
+        count, total = 0, side.no_sums()
+        for shares in side.passes(chosen, settings.per_device_eval_batch_size):
+            total += side.sums(self._model, shares[self._rank])
+            count += side.count(np.concatenate(shares))
+        figures = side.named(self.accelerator.reduce(total), count)
+        loss = figures["loss"]
+        self.progress.eval_figures = figures
         self.progress.eval_losses.append(loss)
         if self.progress.evaluations_since_best == 0:
             self.progress.best_step = self.progress.step
             if self.settings.load_best_model_at_end:
                 self._checkpoints.save_best(self._trained)
-        self._write(step=self.progress.step, eval_loss=loss)
+        self._write(
+            step=self.progress.step,
+            **{f"eval_{name}": value for name, value in figures.items()},
+        )
         if self.accelerator.is_main_process:
-            log(f"step {self.progress.step}/{self.total_steps}: held-out loss {loss:.4f}")
+            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log(f"step {self.progress.step}/{self.total_steps}: held-out {said}")
+
+    def _settle_rounding(self) -> None:
+        """After its first backward pass DDP orders gradients anew, and their order decides how
+        sums over ranks are rounded. It is done before the first step, so that a resumed training
+        rounds like one that never stopped."""
+        self._model.train()
+        self._train.sums(self._model, np.empty(0, dtype=np.int64))[0].backward()
+        self._optimizer.zero_grad()
 
     def _save(self, stop: Stop) -> None:
         """Write a checkpoint when one is due or somebody on any rank asked to stop."""
-        stopping = self._any_rank(stop.requested)
+        stopping, failed = self._any_rank(stop.requested, self._checkpoints.has_failed)
+        if failed:
+            self._checkpoints.wait()
         if not stopping and not self._due(self.settings.save_steps):
             return
         progress = self.progress
-        progress.window_nats = self.accelerator.reduce(self._window_nats).item()
+        progress.window_sums = self.accelerator.reduce(self._window_sums).tolist()
         progress.elapsed_s = time.monotonic() - self._since
         self._checkpoints.save(progress.step, self._trained, self._parts, asdict(progress))
         if stopping:
+            self._checkpoints.wait()
             raise WorkInterrupted(
                 f"stopped after step {progress.step} of {self.total_steps}, which is saved; "
                 "run the same command again to resume"
@@ -243,19 +308,30 @@ class Trainer:
         state = self._checkpoints.restore(checkpoint, self._trained, self._parts)
         self.progress = Progress(**state)
         if self.accelerator.is_main_process:
-            self._window_nats.fill_(self.progress.window_nats)
+            self._window_sums.copy_(torch.tensor(self.progress.window_sums))
             log(f"resuming after step {self.progress.step} of {self.total_steps}")
+
+    def _compare_with_start(self) -> None:
+        """Keep what the model says of every row before the first step, where the objective needs
+        it."""
+        size = self.settings.per_device_eval_batch_size
+        for name, side in (("train", self._train), ("evaluation", self._held_out)):
+            if side.objective.needs_reference:
+                side.compare_with(
+                    self._model, size, self._scratch / f"reference-{name}.safetensors"
+                )
 
     @property
     def _has_stalled(self) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def _any_rank(self, wish: bool) -> bool:
+    def _any_rank(self, *wishes: bool) -> Sequence[bool]:
+        """For each, whether it is true on any rank."""
         if self._ranks == 1:
-            return wish
-        wishes = torch.tensor(int(wish), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wishes).item())
+            return wishes
+        counts = torch.tensor(wishes, dtype=torch.int64, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts).tolist()]
 
     def _due(self, interval: float) -> bool:
         step = self.progress.step
@@ -264,6 +340,7 @@ class Trainer:
     def _write(self, **figures: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(**figures)
+        self.accelerator.log(figures, step=figures["step"])
 
     @property
     def _trained(self) -> Any:

@@ -41,18 +41,16 @@ class Pass:
     rows: int
 
     width: int
-    """Tokens of its longest sequence, the last one left out."""
+    """Places for tokens in each of them."""
 
     targets: int
     """Learnt tokens."""
 
     def batch(self) -> Batch:
         """A batch of this size."""
-        return Batch(
-            torch.zeros((self.rows, self.width), dtype=torch.int64),
-            torch.zeros(self.targets, dtype=torch.int64),
-            torch.zeros(self.targets, dtype=torch.int64),
-        )
+        targets_N = torch.zeros(self.targets, dtype=torch.int64)
+        ids_BS = torch.zeros((self.rows, self.width), dtype=torch.int64)
+        return Batch(ids_BS, targets_N, targets_N, targets_N, self.rows, None, self.width)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _run(loss: TokenLoss, optimizer: Any, work: Workload, meter: _Meter) -> None
         batch = work.first.batch()
         half = max(1, work.first.width // 2)
         kept = [loss.all_logits(batch.input_ids_BS), loss.all_logits(batch.input_ids_BS[:, :half])]
-        kept.append(loss.logits(batch.input_ids_BS, batch.positions_N))
+        kept.append(loss.logits(batch))
         del kept
     loss.train()
     small = Pass(1, 2, 1)
@@ -139,8 +137,8 @@ def _run(loss: TokenLoss, optimizer: Any, work: Workload, meter: _Meter) -> None
 
 def _loss(loss: TokenLoss, size: Pass) -> Tensor:
     batch = size.batch()
-    nats: Tensor = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
-    return nats
+    nats_N: Tensor = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+    return nats_N.sum()
 
 
 class _Meter(TorchDispatchMode):

@@ -160,7 +160,7 @@ def _chosen(examples: Examples, limit: int, seed: int) -> list[Example]:
 @torch.no_grad()
 def _log_probs(model: TokenLoss, batch: Batch) -> Tensor:
     model.eval()
-    return model.logits(batch.input_ids_BS, batch.positions_N).log_softmax(-1)
+    return model.logits(batch).log_softmax(-1)
 
 
 def _free_memory() -> None:

@@ -57,15 +57,17 @@ def load_base(
     device: torch.device,
     *,
     nf4: bool = False,
+    packed_in: torch.dtype = torch.uint8,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal language model with every weight from disk; in 4-bit NormalFloat with `nf4`.
+    """A causal language model with every weight from disk; in 4-bit NormalFloat with `nf4`,
+    whose bits are kept in tensors of `packed_in`.
 
     Raises ModelError when transformers cannot load it, or the folder lacks some of its weights.
     """
     import transformers
 
-    options: dict[str, Any] = {"quantization_config": _nf4_config(dtype)} if nf4 else {}
+    options: dict[str, Any] = {"quantization_config": _nf4_config(dtype, packed_in)} if nf4 else {}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -142,7 +144,7 @@ def add_adapter(model: Any, lora: Lora) -> Any:
         lora_dropout=lora.lora_dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=True if lora.init_lora_weights == "zeros" else lora.init_lora_weights,
+        init_lora_weights="pissa" if lora.init_lora_weights == "pissa" else True,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -258,13 +260,13 @@ def pack_empty(model: Any, dtype: torch.dtype) -> None:
     """Put 4-bit layers where loading with `nf4` would, in a model on the meta device."""
     from transformers.quantizers import AutoHfQuantizer
 
-    AutoHfQuantizer.from_config(_nf4_config(dtype)).preprocess_model(
+    AutoHfQuantizer.from_config(_nf4_config(dtype, torch.uint8)).preprocess_model(
         model=model, device_map={"": "meta"}
     )
     _keep_unpacked(model)
 
 
-def _nf4_config(dtype: torch.dtype) -> Any:
+def _nf4_config(dtype: torch.dtype, packed_in: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -272,6 +274,7 @@ def _nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=packed_in,
     )
 
 

@@ -19,7 +19,8 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Note the first signal; a second one interrupts at once.
+    """Note the first signal; the same one again interrupts at once. (Ctrl-C reaches every process
+    of a terminal, and whoever started them passes it on as SIGTERM: that is one wish.)
 
     Does nothing outside the main thread, which alone hears signals.
     """
@@ -28,9 +29,12 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
         return
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        if stop.requested:
+    heard: set[int] = set()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number in heard:
             raise KeyboardInterrupt
+        heard.add(number)
         stop.requested = True
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 from tunesmith.train import model as models
-from tunesmith.train.devices import find_device, in_gib, measured_peak_bytes
+from tunesmith.train.checkpoint import whole_weights
+from tunesmith.train.devices import in_gib, peak_memory_bytes
 from tunesmith.train.examples import Examples
-from tunesmith.train.forecast import Forecast, Forecaster
 from tunesmith.train.language import (
     EVALUATION_FILE,
     TRAIN_FILE,
@@ -28,7 +28,10 @@ from tunesmith.train.language import (
 from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.ranks import main_first, write_together
+from tunesmith.train.ready import check_device, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
+from tunesmith.train.sharding import fill, hollow, shard
+from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
 
@@ -43,7 +46,6 @@ class Parts:
     model: Any
     dtype: torch.dtype
     parameters: models.Parameters
-    forecast: Forecast | None
 
 
 def make_base(stages: Stages, accelerator: Any) -> Artifact:
@@ -64,14 +66,21 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     assert recipe.train
     dataset = main_first(lambda: make_dataset(stages))
     base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
+    is_sharded = recipe.train.sharding == "full"
     with write_together(stages, stages.trained) as work:
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        parts = _prepare(recipe, dataset, base, accelerator)
+        parts = prepare(recipe, dataset, base, accelerator)
+        saved = hollow(parts.model) if is_sharded else parts.model
+        loss = TokenLoss(parts.model, parts.dtype)
+        if is_sharded:
+            shard(loss, accelerator)
+        check_logits(loss, parts.train.rows[0], accelerator.device)
         job = Job(
-            TokenLoss(parts.model, parts.dtype),
+            loss,
             parts.train,
             parts.evaluation,
+            choose_layout(recipe, parts.train.rows, loss, accelerator),
             recipe.train,
             parts.dtype,
             recipe.seed,
@@ -79,50 +88,51 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
         )
         if recipe.train.lora.changes_base and accelerator.is_main_process:
             parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
-        check_logits(job.model, parts.train.rows[0], accelerator.device)
-        progress = Trainer(job, accelerator).run()
+        with tracked(stages, stages.trained, work.scratch, accelerator):
+            progress = Trainer(job, accelerator).run()
+        if is_sharded:
+            fill(saved, whole_weights(parts.model, keep=accelerator.is_main_process))
         if accelerator.is_main_process:
-            _save(parts, recipe.train, work, base)
+            _save(replace(parts, model=saved), recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
-        work.metrics["peak_memory_gib"] = in_gib(measured_peak_bytes(accelerator.device))
+        work.metrics["peak_memory_gib"] = in_gib(peak_memory_bytes(accelerator.device))
     return stages.made(stages.trained)
 
 
-def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
+    """The rows in tokens and the model made ready; seeds every random choice."""
     assert recipe.train and recipe.data
     train, device = recipe.train, accelerator.device
+    check_device(train, device)
     dtype = models.torch_dtype(recipe.model.dtype, device)
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
-    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data)
-    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data)
-    forecast = _forecast(recipe, language, base, examples, held_out, accelerator)
+    examples = language.tokenise(dataset, TRAIN_FILE, recipe.data, texts_apart=train.packing)
+    held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data, texts_apart=train.packing)
     torch.manual_seed(recipe.seed)
     if base is None:
         assert train.architecture
         model = models.new_model(train.architecture, language.tokenizer)
     else:
-        is_adapter = train.method in ("lora", "qlora")
+        is_adapter, is_packed = train.method in ("lora", "qlora"), train.method == "qlora"
+        is_sharded = train.sharding == "full"
         model = models.load_base(
             base.root,
             # Weights that are trained, or that an adapter's beginning is taken out of, keep their
             # full precision; the matmuls do not need it.
             dtype if is_adapter and not train.lora.changes_base else torch.float32,
-            device,
-            nf4=train.method == "qlora",
+            # What is divided goes from the host to the device a layer at a time.
+            torch.device("cpu") if is_sharded and not is_packed else device,
+            nf4=is_packed,
+            packed_in=dtype if is_sharded else torch.uint8,
             trust_remote_code=recipe.model.trust_remote_code,
         )
-    rows = [*examples.rows, *held_out.rows]
+    sides = (examples, held_out)
     models.check_sizes(
         model,
-        longest=max(len(row.input_ids) for row in rows),
-        largest_id=max(int(row.input_ids.max()) for row in rows),
+        longest=max(int(side.lengths().max()) for side in sides),
+        largest_id=max(side.largest_id for side in sides),
     )
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if base and train.method in ("lora", "qlora"):
-        model = models.add_adapter(model, train.lora)
-    if train.neftune_noise_alpha:
-        models.add_noise(model, train.neftune_noise_alpha)
+    model = make_ready(model, train, base.root if base else None)
     parameters = models.count_parameters(model)
     if accelerator.is_main_process:
         if train.method in ("lora", "qlora"):
@@ -131,26 +141,7 @@ def _prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerat
             f"training {parameters.trainable:,} of {parameters.total:,} weights "
             f"({parameters.share:.2%}) on {len(examples.rows):,} sequences"
         )
-    return Parts(language, examples, held_out, model, dtype, parameters, forecast)
-
-
-def _forecast(
-    recipe: Recipe,
-    language: Language,
-    base: Artifact | None,
-    examples: Examples,
-    held_out: Examples,
-    accelerator: Any,
-) -> Forecast | None:
-    """Peak memory of what is about to run. Raises GateError when this machine has less."""
-    config = models.read_config(recipe, language.tokenizer, base.root if base else None)
-    forecaster = Forecaster(
-        recipe, config, examples, held_out, find_device(), accelerator.num_processes
-    )
-    forecast = forecaster.forecast()
-    if forecast:
-        forecaster.refuse_what_cannot_fit(forecast)
-    return forecast
+    return Parts(language, examples, held_out, model, dtype, parameters)
 
 
 def _save(parts: Parts, train: Train, work: Work, base: Artifact | None) -> None:
@@ -166,7 +157,7 @@ def _metrics(
     parts: Parts, train: Train, progress: Progress, base: Artifact | None
 ) -> dict[str, Any]:
     examples = parts.train
-    metrics: dict[str, Any] = {
+    metrics = {
         "method": train.method,
         "steps": progress.step,
         "final_loss": progress.final_loss,
@@ -175,9 +166,13 @@ def _metrics(
             min(progress.eval_losses) if train.load_best_model_at_end else progress.eval_losses[-1]
         ),
         "best_step": progress.best_step,
+        **{
+            f"eval_{name}": value for name, value in progress.eval_figures.items() if name != "loss"
+        },
         "train_s": round(progress.train_s, 3),
         "supervised_tokens_seen": progress.supervised_tokens,
         "supervised_tokens_per_s": round(progress.supervised_tokens / progress.train_s, 1),
+        "fill": round(progress.tokens / progress.slots, 4),
         "examples": len(examples.rows),
         "tokens": int(examples.lengths().sum()),
         "supervised_tokens": int(examples.supervised().sum()),
@@ -188,9 +183,6 @@ def _metrics(
         "total_parameters": parts.parameters.total,
         "template_sha256": parts.language.template_sha256,
     }
-    if parts.forecast:
-        metrics["predicted_memory_gib"] = in_gib(parts.forecast.peak_bytes)
-        metrics["predicted_parts_gib"] = parts.forecast.in_gib()
     if base:
         metrics["base"] = base.id
     if train.method in ("lora", "qlora"):
