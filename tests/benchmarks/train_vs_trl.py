@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shlex
 import shutil
@@ -203,12 +202,14 @@ def _tunesmith(recipe: Path, seed: int) -> dict[str, Any]:
         f"seed={seed}",
         "--json",
     ]
-    out, peak_gib = _run(command)
-    trained = json.loads(out)["trained"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stderr[-3000:]}")
+    trained = json.loads(done.stdout)["trained"]
     return {
         "tokens_per_s": trained["supervised_tokens_seen"] / trained["train_s"],
         "seconds": trained["train_s"],
-        "peak_gib": peak_gib,
+        "peak_gib": trained["peak_memory_gib"],
         "adapter": trained["path"],
     }
 
@@ -243,18 +244,6 @@ def _trl(work: Workload, environment: dict[str, str], settings: dict[str, Any]) 
         "peak_gib": found["peak_memory_gib"],
         "adapter": str(out),
     }
-
-
-def _run(command: list[str]) -> tuple[str, float]:
-    """What a process printed, and the most memory it held, in GiB."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=out, stderr=said, env=os.environ)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            said.seek(0)
-            raise SystemExit(f"{command[:4]} failed:\n{said.read()[-3000:]}")
-        out.seek(0)
-        return out.read(), usage.ru_maxrss / 2**20
 
 
 @torch.no_grad()

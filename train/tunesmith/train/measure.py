@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from tunesmith.config.errors import ModelError
+from tunesmith.train.devices import peak_memory_bytes
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.useful import Layers, count_layers, synchronize
 
@@ -88,7 +88,7 @@ class Meter:
         this process has held."""
         if self._device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self._device) / 2**30)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_memory_bytes(self._device) / 2**30
 
     def leave_memory(self) -> None:
         """Give unused memory back, for another process on the same GPU."""

@@ -6,9 +6,9 @@ A plain script: it runs with TRL's packages and imports nothing of Tunesmith.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -96,7 +96,10 @@ def _meter(model: Any, warmup_steps: int, steps: int) -> Any:
                 self.seconds = time.perf_counter() - self.started_s
 
         def figures(self) -> dict[str, Any]:
-            resident_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            # Not ru_maxrss, which begins with what the process that started this one held.
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            peak_kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+            resident_gib = peak_kib / 2**20
             return {
                 "seconds": self.seconds,
                 "tokens": int(self.tokens),
