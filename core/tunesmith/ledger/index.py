@@ -20,6 +20,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from tunesmith.config.errors import GateError, TunesmithError, UnknownArtifactError
 from tunesmith.ledger.manifest import Manifest
 
+_OPEN_TIMEOUT_S = 3.0
+
 _schema = sa.MetaData()
 _artifacts = sa.Table(
     "artifacts",
@@ -85,15 +87,18 @@ class Index:
         self._engine: Engine = sa.create_engine(url)
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _configure_sqlite)
-        try:
-            self._create_tables()
-        except DBAPIError:
-            # PostgreSQL lets two processes that create one table collide; the second finds it.
+        deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
+        while True:
+            # Processes that open a new ledger together collide: in PostgreSQL the second one finds
+            # the table made, and SQLite's change to WAL mode does not wait for its busy timeout.
             try:
                 self._create_tables()
+                return
             except DBAPIError as error:
-                shown = self._engine.url.render_as_string(hide_password=True)
-                raise TunesmithError(f"cannot open the ledger {shown}: {error.orig}") from error
+                if time.monotonic() > deadline_s:
+                    shown = self._engine.url.render_as_string(hide_password=True)
+                    raise TunesmithError(f"cannot open the ledger {shown}: {error.orig}") from error
+                time.sleep(0.05)
 
     def _create_tables(self) -> None:
         with self._engine.begin() as db:
