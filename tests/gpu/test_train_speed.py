@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tunesmith.config import Recipe
-from tunesmith.config.schema import Lora, Train
+from tunesmith.config.schema.train import Lora, Train
 from tunesmith.pipeline import Stages
 from tunesmith.train import bench, fp8
 from tunesmith.train.loss import TokenLoss, collate

@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 from tunesmith.config.errors import DataError, ModelError, require
-from tunesmith.config.schema import Data
+from tunesmith.config.schema.data import Data
 from tunesmith.ledger import Store, hash_file
 
 BUILTIN_DATA = "builtin/stdlib"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
-from tunesmith.config.schema import Section
+from tunesmith.config.schema.base import Section
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 

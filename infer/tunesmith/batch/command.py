@@ -9,7 +9,7 @@ from tunesmith.batch.output import check_output, publish, write_output
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import engine_spec
 from tunesmith.ledger import Artifact, gpu_names, hash_file
 from tunesmith.pipeline import Stages

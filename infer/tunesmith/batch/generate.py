@@ -12,7 +12,7 @@ from tunesmith.batch.rows import ErrorType, read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import (
     Answer,
     EngineSpec,

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.batch.rows import Row, read_rows
 from tunesmith.batch.shards import Shards, to_line
 from tunesmith.config import UserError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.config import DataError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 
 ErrorType = Literal[
     "malformed_line",

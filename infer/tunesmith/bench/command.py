@@ -17,7 +17,7 @@ from tunesmith.bench.measure import Target, open_meter
 from tunesmith.bench.results import Run, variant_result
 from tunesmith.bench.traffic import Prompt, read_prompts
 from tunesmith.config import DataError, ModelError, UserError
-from tunesmith.config.schema import Bench
+from tunesmith.config.schema.bench import Bench
 from tunesmith.engine import EngineServer, EngineSpec, engine_spec
 from tunesmith.ledger import Artifact, Work, describe_environment, gpu_names
 from tunesmith.pipeline import Stages

@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 from tunesmith.bench.client import Sample
-from tunesmith.config.schema import Slo
+from tunesmith.config.schema.bench import Slo
 from tunesmith.statistics import Interval, percentile, ratio_of_sums
 
 PERCENTILES = (50, 95, 99)

@@ -17,7 +17,7 @@ from tunesmith.bench.load import Send, closed_loop, open_loop, pulse
 from tunesmith.bench.traffic import Prompt, poisson_arrivals, salted_prompts
 from tunesmith.bench.validity import Evidence, Fault, faults
 from tunesmith.config import DataError, TunesmithError
-from tunesmith.config.schema import Bench
+from tunesmith.config.schema.bench import Bench
 from tunesmith.terminal import log
 
 ATTEMPTS = 2  # the server being up, a doubtful phase costs little to measure once more

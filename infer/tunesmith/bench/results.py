@@ -11,7 +11,7 @@ from tunesmith.bench.cost import bill, input_share, token_costs
 from tunesmith.bench.figures import goodput, idle_s, latencies_ms, throughput
 from tunesmith.bench.measure import Phase
 from tunesmith.bench.validity import lag_p99_ms
-from tunesmith.config.schema import Bench
+from tunesmith.config.schema.bench import Bench
 from tunesmith.statistics import Interval
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.errors import ModelError, require
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.config import UserError
-from tunesmith.config.schema import Evaluate
+from tunesmith.config.schema.evaluate import Evaluate
 from tunesmith.evaluate.variants import measure_variant, read_rows, refused
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.config.schema import Evaluate
+from tunesmith.config.schema.evaluate import Evaluate
 from tunesmith.evaluate.heldout import HeldOut, Item, Scored
 from tunesmith.evaluate.metrics import TEXT_METRICS
 from tunesmith.terminal import Bar, progress_bar

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from tunesmith.config import UserError
-from tunesmith.config.schema import Serve
+from tunesmith.config.schema.serve import Serve
 from tunesmith.engine import EngineServer, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages

@@ -8,7 +8,7 @@ import os
 import socket
 
 from tunesmith.config import UserError
-from tunesmith.config.schema import Serve
+from tunesmith.config.schema.serve import Serve
 
 
 def read_key(section: Serve) -> str | None:

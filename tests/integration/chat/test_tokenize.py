@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tunesmith.chat import ChatTemplate
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
 pytest.importorskip("vllm")

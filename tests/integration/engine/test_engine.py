@@ -16,7 +16,7 @@ from processes import members
 HEAD = """
 import json, os, sys
 from pathlib import Path
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import *
 
 def spec(model, adapter=None):

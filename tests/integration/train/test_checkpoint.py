@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.pipeline import Stages
 from tunesmith.train.checkpoint import Checkpoints
 from tunesmith.train.optimizer import make_optimizer, make_schedule

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tunesmith.config.schema import Lora
+from tunesmith.config.schema.train import Lora
 from tunesmith.train import loss as losses
 from tunesmith.train.examples import Example
 from tunesmith.train.loss import TokenLoss, collate

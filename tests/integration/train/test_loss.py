@@ -20,7 +20,7 @@ from sequences import make_examples
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tunesmith.config import ModelError
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.train.examples import Examples
 from tunesmith.train.loop import Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits, collate

@@ -16,7 +16,7 @@ from sequences import make_examples
 from transformers import AutoModelForCausalLM
 
 from tunesmith.config import Recipe, WorkInterrupted
-from tunesmith.config.schema import Preference
+from tunesmith.config.schema.train import Preference
 from tunesmith.ledger import hash_file
 from tunesmith.pipeline import Stages
 from tunesmith.train import command

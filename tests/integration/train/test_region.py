@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from tunesmith.config.errors import ModelError
-from tunesmith.config.schema import Lora
+from tunesmith.config.schema.train import Lora
 from tunesmith.train.examples import Example
 from tunesmith.train.fp8 import convert_frozen
 from tunesmith.train.loss import TokenLoss, collate

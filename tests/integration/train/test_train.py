@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError, ModelError
-from tunesmith.config.schema import Lora
+from tunesmith.config.schema.train import Lora
 from tunesmith.pipeline import Stages
 from tunesmith.train import command
 from tunesmith.train import model as models

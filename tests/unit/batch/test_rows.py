@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tunesmith.batch.rows import Row, read_rows
 from tunesmith.config import DataError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 
 
 def rows_of(folder: Path, *lines: bytes | str | dict[str, Any]) -> list[Row]:

@@ -13,7 +13,7 @@ from tunesmith.batch.output import check_output, publish, write_output
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import UserError
-from tunesmith.config.schema import Batch
+from tunesmith.config.schema.batch import Batch
 
 
 def result(text: str) -> dict[str, Any]:

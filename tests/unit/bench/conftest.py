@@ -15,7 +15,7 @@ from aiohttp import web
 from tunesmith.bench.client import open_session
 from tunesmith.bench.measure import Meter, Target, open_meter
 from tunesmith.bench.traffic import Prompt
-from tunesmith.config.schema import Bench
+from tunesmith.config.schema.bench import Bench
 
 INPUT_TOKENS = 20
 COUNTERS = (

@@ -16,7 +16,7 @@ from tunesmith.bench.figures import (
     latencies_ms,
     throughput,
 )
-from tunesmith.config.schema import Slo
+from tunesmith.config.schema.bench import Slo
 
 
 def sample(index, intended_s, *, ttft_s=0.1, tpot_s=0.1, tokens=11, error=None, sent_s=None):

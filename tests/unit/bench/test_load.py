@@ -14,7 +14,7 @@ import pytest
 from tunesmith.bench.figures import latencies_ms
 from tunesmith.bench.traffic import poisson_arrivals
 from tunesmith.config import DataError, TunesmithError
-from tunesmith.config.schema import Bench
+from tunesmith.config.schema.bench import Bench
 
 
 def measure(metered, upstream, bench, phase="arrivals"):

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tunesmith.config import ModelError, TunesmithError
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineSpec
 from tunesmith.engine.environment import server_environment, usable_cores
 from tunesmith.engine.failures import start_failure

@@ -10,7 +10,7 @@ import pytest
 from processes import members
 
 from tunesmith.config import ModelError, TunesmithError
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
 HEALTHY = """

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from tunesmith.config.schema import Scheme as SchemeName
+from tunesmith.config.schema.quantize import Scheme as SchemeName
 from tunesmith.quantize.schemes import DEVICES, SCHEMES
 
 

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from tunesmith.config import UserError
-from tunesmith.config.schema import Serve
+from tunesmith.config.schema.serve import Serve
 from tunesmith.serve.listen import bind, read_key, url_of
 
 

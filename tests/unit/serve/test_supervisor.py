@@ -12,7 +12,7 @@ import pytest
 from processes import members
 
 from tunesmith.config import ModelError
-from tunesmith.config.schema import Engine
+from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 from tunesmith.serve.supervisor import Supervisor
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.config import DataError
-from tunesmith.config.schema import Data
+from tunesmith.config.schema.data import Data
 from tunesmith.train import workers
 from tunesmith.train.examples import (
     Examples,

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from tunesmith.config.errors import ModelError
-from tunesmith.config.schema import Recipe, Train
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.train import Train
 from tunesmith.train import fp8
 from tunesmith.train.fp8 import Fp8Linear, check_device, convert_frozen, quantize_rows
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.config import Recipe
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.train import memory
 from tunesmith.train.forecast import empty_model
 from tunesmith.train.loss import TokenLoss

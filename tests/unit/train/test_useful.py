@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig
 
-from tunesmith.config.schema import Lora
+from tunesmith.config.schema.train import Lora
 from tunesmith.train.examples import Example
 from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.model import add_adapter

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.config.errors import DataError
-from tunesmith.config.schema import Data, DataFormat, Source
+from tunesmith.config.schema.data import Data, DataFormat, Source
 from tunesmith.data.faults import Fault, FaultLog, RowError
 from tunesmith.data.formats import REQUIRED, fitting_formats, normalise
 from tunesmith.data.messages import Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.config.schema import DataFormat, Learn
+from tunesmith.config.schema.data import DataFormat, Learn
 from tunesmith.data.faults import RowError
 from tunesmith.data.messages import (
     Row,

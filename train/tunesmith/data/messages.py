@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunesmith.config.schema import Learn
+from tunesmith.config.schema.data import Learn
 from tunesmith.data.faults import RowError
 
 Row = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from tunesmith.config.schema import Learn
+from tunesmith.config.schema.data import Learn
 from tunesmith.data.faults import RowError
 from tunesmith.data.messages import (
     Row,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 
 Rows = NDArray[np.int64]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tunesmith.chat import ChatTemplate, Supervised
 from tunesmith.config.errors import DataError
-from tunesmith.config.schema import Data, Truncation
+from tunesmith.config.schema.data import Data, Truncation
 from tunesmith.terminal import progress_bar
 from tunesmith.train.tokens import Example, TokenRows, TokenWriter
 from tunesmith.train.workers import in_groups

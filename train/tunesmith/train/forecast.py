@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from tunesmith.config.errors import GateError, ModelError
-from tunesmith.config.schema import Recipe, Train
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train import model as models
 from tunesmith.train.batches import Groups, Order, Rows, choose_rows, count_steps, passes

@@ -13,7 +13,8 @@ from typing import Any
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config.errors import DataError, ModelError
-from tunesmith.config.schema import Data, Recipe
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.data import Data
 from tunesmith.data import read_rows
 from tunesmith.ledger import Artifact
 from tunesmith.train.cache import cached

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tunesmith.config.errors import TunesmithError, WorkInterrupted
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.terminal import Bar, log, progress_bar
 from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, every
 from tunesmith.train.checkpoint import Checkpoints

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.train.loss import Batch, TokenLoss
 from tunesmith.train.optimizer import make_optimizer
 

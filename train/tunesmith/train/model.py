@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from tunesmith.config.errors import ModelError
-from tunesmith.config.schema import Architecture, Dtype, Lora, Recipe
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.base import Dtype
+from tunesmith.config.schema.train import Architecture, Lora
 
 ALL_LINEAR = "all-linear"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.config.schema import Preference
+from tunesmith.config.schema.train import Preference
 from tunesmith.train.loss import Batch
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tunesmith.config.errors import UserError
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 
 
 def make_optimizer(model: nn.Module, train: Train, device: torch.device) -> torch.optim.Optimizer:

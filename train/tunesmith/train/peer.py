@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.errors import ModelError, UserError
-from tunesmith.config.schema import Train
+from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train.examples import Example
 

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 
 from tunesmith.chat import Supervised
 from tunesmith.config.errors import DataError, UserError
-from tunesmith.config.schema import Data
+from tunesmith.config.schema.data import Data
 from tunesmith.data import command as counts
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tunesmith.config.errors import ModelError
-from tunesmith.config.schema import Recipe, Train
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train import fp8
 from tunesmith.train import model as models

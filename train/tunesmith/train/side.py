@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunesmith.config.schema import Preference
+from tunesmith.config.schema.train import Preference
 from tunesmith.terminal import progress_bar
 from tunesmith.train.batches import Groups, Rows, passes
 from tunesmith.train.examples import Examples

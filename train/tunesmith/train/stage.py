@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.config.schema import Recipe, Train
+from tunesmith.config.schema import Recipe
+from tunesmith.config.schema.train import Train
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
 from tunesmith.ledger.store import Work

@@ -1,0 +1,60 @@
+"""What the sections of a recipe are made of, and those that every stage reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Money = Annotated[float, Field(ge=0.0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
+
+
+class Store(Section):
+    """Where artifacts and their index live; it never changes what is made."""
+
+    folder: Path = Path(".tunesmith")
+    """Folder for artifacts and work in progress, relative to the working directory."""
+
+    ledger: str | None = None
+    """SQLAlchemy URL of a shared ledger (`postgresql+psycopg://…`); a SQLite file in `folder`
+    when null."""
+
+
+class Model(Section):
+    """The model that every section of the recipe speaks of."""
+
+    base: str | None = None
+    """Hub id, local folder, artifact id, or `builtin/tiny-llama`; null only for
+    `train.method: pretrain`, which makes a base."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it resolves to is recorded."""
+
+    dtype: Dtype = "bfloat16"
+    """Precision of the weights in training, merging and serving."""
+
+    chat_template: Path | None = None
+    """A Jinja chat template to use in place of the tokenizer's own, in training and serving."""
+
+    trust_remote_code: bool = False
+    """Allow Python code that comes with a hub model to run."""
+
+
+class Price(Section):
+    """What the hardware costs."""
+
+    gpu_hour_usd: Money
+    """Price of one device-hour (a GPU, or this whole machine where there is none), in USD."""

@@ -1,0 +1,33 @@
+"""The `batch` section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.config.schema.base import Fraction, Positive, Section, Variant
+
+
+class Batch(Section):
+    """Answers for a file of prompts."""
+
+    input: Path
+    """JSONL; each row has `messages` or `prompt`, and may have `id`, `max_tokens`,
+    `temperature`."""
+
+    output: Path
+    """JSONL, one row per input row, in input order."""
+
+    model: Variant | None = None
+    """Which model of the recipe answers; the last quantized, else the tuned one, when null."""
+
+    max_tokens: Positive = 128
+    """Longest answer, unless the row says otherwise."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature, unless the row says otherwise; 0 is greedy."""
+
+    max_error_rate: Fraction = 0.0
+    """Share of rows that may fail before the command ends with exit code 3."""
