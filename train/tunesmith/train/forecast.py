@@ -14,14 +14,24 @@ from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train import model as models
-from tunesmith.train.batches import Groups, Order, Rows, choose_rows, count_steps, passes
+from tunesmith.train.batches import (
+    Groups,
+    Order,
+    Rows,
+    choose_rows,
+    count_steps,
+    every,
+    passes,
+)
 from tunesmith.train.devices import Device, in_gib, larger_devices
 from tunesmith.train.examples import Examples
+from tunesmith.train.heap import Heap
 from tunesmith.train.loss import round_up
 from tunesmith.train.memory import Parts, Pass, Workload, simulate
 
 FILES = "files"
 _SHORTEST_TOKENS = 64
+_FIRST_PASSES = 3
 _NOT_SIMULATED = (
     ModelError,
     RuntimeError,
@@ -91,7 +101,8 @@ class Forecaster:
         work = self._workload(train, max_length)
         try:
             model = empty_model(self._recipe.model_copy(update={"train": train}), self._config)
-            parts = simulate(model, train, dtype, work)
+            heap = Heap.find() if self._device.type == "cpu" else None
+            parts = simulate(model, train, dtype, work, heap)
         except _NOT_SIMULATED as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log(f"the peak memory is not predicted: {reason}")
@@ -153,7 +164,7 @@ class Forecaster:
 
     def _workload(self, train: Train, max_length: int | None) -> Workload:
         limit = max_length or int(self._examples.lengths().max())
-        lengths, learnt = self._sizes(self._examples, limit)
+        lengths, learnt = self._lengths(self._examples, limit)
         assert self._recipe.data
         capacity = max_length or self._recipe.data.max_length
         groups = Groups.of_training(lengths, train, capacity, self._recipe.seed)
@@ -171,7 +182,7 @@ class Forecaster:
             )
             for share in shares
         )
-        held_lengths, held_learnt = self._sizes(self._held_out, limit)
+        held_lengths, held_learnt = self._lengths(self._held_out, limit)
         held = Groups.of(held_lengths, 2 if train.preference else 1)
         evaluated = passes(
             choose_rows(len(held), train.max_eval_rows, self._recipe.seed),
@@ -182,14 +193,18 @@ class Forecaster:
         back_to_back = self._device.type == "cuda" and not train.neftune_noise_alpha
         is_flat = train.packing or back_to_back
         held_rows = (held.rows_of(share) for shares in evaluated for share in shares)
+        is_cpu = self._device.type == "cpu"
+        made = _sizes(found, lengths, learnt, is_flat)
         return Workload(
-            _largest(found, lengths, learnt, is_flat),
-            _largest(held_rows, held_lengths, held_learnt, is_flat),
+            # A heap is broken up by passes of other sizes, too.
+            (*(made[:_FIRST_PASSES] if is_cpu else ()), *_largest(made)),
+            _largest(_sizes(held_rows, held_lengths, held_learnt, is_flat)),
             Pass(1, int(lengths[0]) - 1, int(learnt[0])),
-            train.gradient_accumulation_steps > 1,
+            accumulates=train.gradient_accumulation_steps > 1,
+            copies_state=is_cpu and steps > every(train.save_steps, steps),
         )
 
-    def _sizes(self, examples: Examples, limit: int) -> tuple[Rows, Rows]:
+    def _lengths(self, examples: Examples, limit: int) -> tuple[Rows, Rows]:
         return (
             np.minimum(examples.lengths(), limit),
             np.minimum(examples.supervised(), limit - 1),
@@ -262,12 +277,9 @@ def _splits(train: Train) -> list[Change]:
     return found
 
 
-def _largest(
-    passes_made: Iterator[Rows], lengths: Rows, learnt: Rows, is_flat: bool
-) -> tuple[Pass, ...]:
-    """The pass with the most tokens and the one with the most learnt tokens, often the same; rows
-    are padded, or stand back to back in one."""
-    sizes = set()
+def _sizes(passes_made: Iterator[Rows], lengths: Rows, learnt: Rows, is_flat: bool) -> list[Pass]:
+    """The size of every pass; rows are padded, or stand back to back in one."""
+    sizes = []
     widest = int(lengths.max())
     for rows in passes_made:
         if len(rows) == 0:
@@ -275,11 +287,16 @@ def _largest(
         targets, tokens = int(learnt[rows].sum()), lengths[rows] - 1
         longest = int(tokens.max())
         width = max(longest, min(round_up(longest), widest))
-        sizes.add(
+        sizes.append(
             Pass(1, round_up(int(tokens.sum())), targets)
             if is_flat
             else Pass(len(rows), width, targets)
         )
+    return sizes
+
+
+def _largest(sizes: list[Pass]) -> tuple[Pass, ...]:
+    """The pass with the most tokens and the one with the most learnt tokens, often the same."""
     orders: list[Callable[[Pass], Any]] = [
         lambda one: (one.rows * one.width, one.targets),
         lambda one: (one.targets, one.rows * one.width),
