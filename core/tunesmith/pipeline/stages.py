@@ -96,7 +96,7 @@ class Stages:
             "train": _drop(
                 train,
                 *("merge", "save_steps", "logging_steps", "report_to", "sharding"),
-                *("per_device_eval_batch_size", "torch_compile"),
+                *("per_device_eval_batch_size", "torch_compile", "preflight"),
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),

@@ -78,7 +78,7 @@ class Checkpoints:
         self.wait()
         states = {name: part.state_dict() for name, part in parts.items()}
         state = _on_host({**states, "progress": progress}, self._is_main)
-        random = gather_object([_random_state()])
+        random = gather_object([random_state()])
         weights = whole_weights(model, self._is_main)
         if self._is_main:
             self._writing = self._thread.submit(self._write, step, weights, state, random)
@@ -115,7 +115,7 @@ class Checkpoints:
             if isinstance(stateful, Optimizer):
                 _divide(state[name], stateful)
             stateful.load_state_dict(state[name])
-        _set_random_state(torch.load(checkpoint / f"random-{self._rank}.pt", weights_only=True))
+        set_random_state(torch.load(checkpoint / f"random-{self._rank}.pt", weights_only=True))
         progress: dict[str, Any] = state["progress"]
         return progress
 
@@ -208,14 +208,16 @@ def _divide(state: dict[str, Any], optimizer: Optimizer) -> None:
                 moments[name] = part(moment, weights[at])
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """The states of this process's random number generators."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Have the generators go on from these states."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from tunesmith.config.schema.train import Train
 from tunesmith.terminal import Bar, log, progress_bar
 from tunesmith.train.batches import Order, Rows, choose_rows, count_steps, every
 from tunesmith.train.checkpoint import Checkpoints
+from tunesmith.train.devices import in_gib, peak_memory_bytes
 from tunesmith.train.examples import Examples
 from tunesmith.train.loss import TokenLoss
 from tunesmith.train.metrics import MetricsLog
 from tunesmith.train.optimizer import make_optimizer, make_schedule
+from tunesmith.train.preflight import largest_passes, nothing_learnt, within_memory
+from tunesmith.train.progress import Progress
 from tunesmith.train.sharding import whole
 from tunesmith.train.side import Layout, Side
 from tunesmith.train.signals import Stop, stop_on_signals
@@ -47,52 +51,6 @@ class Job:
     seed: int
     scratch: Path
     """Checkpoints and metrics, kept across kills."""
-
-
-@dataclass
-class Progress:
-    """How far a training is; part of every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-
-    train_s: float = 0.0
-    """Seconds in steps, evaluation and saving left out."""
-
-    elapsed_s: float = 0.0
-    """Seconds in all, over every attempt."""
-
-    supervised_tokens: int = 0
-    tokens: int = 0
-    slots: int = 0
-    """Places for tokens in all forward passes, those of padding too."""
-
-    window_sums: list[float] = field(default_factory=list)
-    """The objective's figures, summed since the last report."""
-
-    window_count: int = 0
-    """What they are divided by."""
-
-    window_tokens: int = 0
-    """Learnt tokens since the last report."""
-
-    window_s: float = 0.0
-    final_loss: float | None = None
-    """The loss in the last report."""
-
-    eval_losses: list[float] = field(default_factory=list)
-    """Loss on held-out rows, from before the first step to after the last."""
-
-    eval_figures: dict[str, float] = field(default_factory=dict)
-    """All figures of the last evaluation."""
-
-    best_step: int = 0
-    """When the lowest of them was measured."""
-
-    @property
-    def evaluations_since_best(self) -> int:
-        """How many in a row have brought nothing."""
-        return len(self.eval_losses) - 1 - self.eval_losses.index(min(self.eval_losses))
 
 
 class Trainer:
@@ -153,6 +111,8 @@ class Trainer:
             self._compare_with_start()
             bar.advance(self.progress.step)
             if not resumed:
+                if self.settings.preflight:
+                    self._preflight()
                 self._evaluate()
             while self.progress.step < self.total_steps and not self._has_stalled:
                 gradient_norm = self.advance()
@@ -226,6 +186,37 @@ class Trainer:
         progress.tokens += int(self._train.groups.lengths[groups].sum())
         progress.slots += self._train.slots(groups, turns)
         return norm
+
+    def _preflight(self) -> None:
+        """Do once what takes the most memory and room on the disk; nothing of it stays."""
+        settings, started = self.settings, time.monotonic()
+        folder = self._scratch / "preflight"
+        with (
+            within_memory(),
+            nothing_learnt(self._weights, self._optimizer, self._scaler),
+            contextlib.closing(Checkpoints(folder, self.accelerator)) as checkpoints,
+        ):
+            steps = (self._order.groups(step) for step in range(self.total_steps))
+            self._model.train()
+            for rows in largest_passes(self._train, steps, settings.per_device_train_batch_size):
+                sums = self._train.sums(self._model, rows)
+                self._scaler.scale(sums[0] / self._train.count(rows)).backward()
+                self._scaler.unscale_(self._optimizer)
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+                self._optimizer.zero_grad()
+            self._model.eval()
+            held = [choose_rows(len(self._held_out.groups), settings.max_eval_rows, self._seed)]
+            with torch.no_grad():
+                size = settings.per_device_eval_batch_size
+                for rows in largest_passes(self._held_out, held, size):
+                    self._held_out.sums(self._model, rows)
+            checkpoints.save(0, self._trained, self._parts, asdict(self.progress))
+            checkpoints.wait()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder)
+            peak = in_gib(peak_memory_bytes(self.accelerator.device))
+            log(f"preflight: {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB")
 
     def _report(self, gradient_norm: torch.Tensor, bar: Bar) -> None:
         """Write a line of metrics every few steps, and stop a training that has gone wrong."""

@@ -97,10 +97,14 @@ class Side:
         """Places for tokens in the forward passes over some groups, padding included."""
         if self._layout.block_tokens:
             return len(groups) * self._layout.block_tokens
-        shares = [rows for shares in turns for rows in shares if len(rows)]
+        return sum(self.places(rows) for shares in turns for rows in shares if len(rows))
+
+    def places(self, rows: Rows) -> int:
+        """Places for tokens in one forward pass over some rows, padding included."""
+        lengths = self._lengths[rows]
         if self._layout.as_documents:
-            return sum(int(self._lengths[rows].sum()) for rows in shares)
-        return sum(len(rows) * int(self._lengths[rows].max()) for rows in shares)
+            return int(lengths.sum())
+        return len(rows) * int(lengths.max())
 
     @torch.no_grad()
     def compare_with(self, model: Any, per_pass: int, path: Path) -> None:

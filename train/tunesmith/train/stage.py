@@ -26,8 +26,9 @@ from tunesmith.train.language import (
     learn_language,
     read_language,
 )
-from tunesmith.train.loop import METRICS_FILE, Job, Progress, Trainer
+from tunesmith.train.loop import METRICS_FILE, Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
+from tunesmith.train.progress import Progress
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.ready import check_device, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model

@@ -162,6 +162,10 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    preflight: bool = False
+    """Before the first step run the passes that take the most memory, an optimizer step, an
+    evaluation and a checkpoint, so that what is too large fails at once; the result is the same."""
+
     processes: Positive = 1
     """Processes that train together, each on a GPU of its own; a step's batch grows with them. They
     are started on this machine, unless `torchrun` or another launcher started this one."""
@@ -169,6 +173,7 @@ class Train(Section):
     sharding: Literal["none", "full"] = "none"
     """`none` keeps the whole model in every process; `full` divides weights, gradients and
     optimizer over them (FSDP2), for models that are too large for one device."""
+
     torch_compile: bool = False
     """Compile the decoder layer by layer: a minute at the start, faster steps after it. Worth it on
     a GPU for more than some hundred steps; the result is the same up to rounding."""
