@@ -26,7 +26,7 @@ from tunesmith.train.batches import (
 from tunesmith.train.devices import Device, in_gib, larger_devices
 from tunesmith.train.examples import Examples
 from tunesmith.train.heap import Heap
-from tunesmith.train.loss import round_up
+from tunesmith.train.loss import beginning, round_up
 from tunesmith.train.memory import Parts, Pass, Workload, simulate
 
 FILES = "files"
@@ -194,12 +194,13 @@ class Forecaster:
         is_flat = train.packing or back_to_back
         held_rows = (held.rows_of(share) for shares in evaluated for share in shares)
         is_cpu = self._device.type == "cpu"
+        checked = len(beginning(self._examples.rows[0]).input_ids) - 1
         made = _sizes(found, lengths, learnt, is_flat)
         return Workload(
             # A heap is broken up by passes of other sizes, too.
             (*(made[:_FIRST_PASSES] if is_cpu else ()), *_largest(made)),
             _largest(_sizes(held_rows, held_lengths, held_learnt, is_flat)),
-            Pass(1, int(lengths[0]) - 1, int(learnt[0])),
+            Pass(1, checked, checked),
             accumulates=train.gradient_accumulation_steps > 1,
             copies_state=is_cpu and steps > every(train.save_steps, steps),
         )

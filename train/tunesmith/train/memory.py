@@ -131,9 +131,11 @@ def _run(loss: TokenLoss, optimizer: Any, work: Workload, meter: _Meter) -> None
     with torch.no_grad():
         batch = work.first.batch()
         half = max(1, work.first.width // 2)
-        kept = [loss.all_logits(batch.input_ids_BS), loss.all_logits(batch.input_ids_BS[:, :half])]
-        kept.append(loss.logits(batch))
-        del kept
+        whole_SV = loss.all_logits(batch.input_ids_BS)[0]
+        half_SV = loss.all_logits(batch.input_ids_BS[:, :half])[0]
+        chosen_NV = loss.logits(batch)
+        (chosen_NV - whole_SV.index_select(0, batch.positions_N)).norm()
+        del whole_SV, half_SV, chosen_NV
     _evaluate(loss, work)
     loss.train()
     small = Pass(1, 2, 1)
