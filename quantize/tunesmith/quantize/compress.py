@@ -15,6 +15,7 @@ from typing import Any
 
 from tunesmith.config import ModelError, TunesmithError, require
 from tunesmith.quantize.calibration import Calibration
+from tunesmith.quantize.modifiers import modifiers
 from tunesmith.quantize.modules import Selection, select
 from tunesmith.quantize.schemes import Scheme
 from tunesmith.terminal import log, progress_bar
@@ -92,33 +93,16 @@ def _oneshot(
     model: Any, scheme: Scheme, selection: Selection, calibration: Calibration | None
 ) -> None:
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    modifier = GPTQModifier if calibration else QuantizationModifier
-    linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
-    recipe = modifier(
-        config_groups={"weights": _group(scheme, selection.group_size)},
-        ignore=[name for name in linear if name in selection.kept],
-    )
     examples = calibration.input_ids if calibration else []
     with _layer_bar(model, scheme.name, passes=2 * len(examples)):
         oneshot(
             model=model,
             # Loading a tokenizer is skipped for a processor that is given; ids need none.
             processor=object(),
-            recipe=recipe,
+            recipe=modifiers(model, scheme, selection, calibrated=bool(examples)),
             dataset=_batches(examples) if examples else None,
         )
-
-
-def _group(scheme: Scheme, group_size: int | None) -> Any:
-    from compressed_tensors.quantization import preset_name_to_scheme
-
-    group = preset_name_to_scheme(scheme.preset, ["Linear"])
-    if group_size:
-        group.weights.group_size = group_size
-    return group
 
 
 def _batches(examples: list[list[int]]) -> Any:
