@@ -42,6 +42,7 @@ _COMMANDS = {
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
     "eval": ("tunesmith.evaluate.command", "infer"),
+    "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
@@ -113,15 +114,32 @@ def train(
 
 
 @app.command()
-def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Make the compressed checkpoints."""
-    _execute("quantize", recipe, overrides, as_json)
+def quantize(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare each with its parent in the engine, and judge it.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Make the compressed checkpoints and verify them.
+
+    Ends with exit code 3 when one is refused by the limits of the quantize section."""
+    _execute("quantize", recipe, overrides, as_json, verify=verify)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option("--fidelity", help="Verify the compressed checkpoints against their parent."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure the quality of every model of the recipe on held-out rows."""
-    _execute("eval", recipe, overrides, as_json)
+    _execute("eval fidelity" if fidelity else "eval", recipe, overrides, as_json)
 
 
 @app.command()

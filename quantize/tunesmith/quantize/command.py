@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
+
 from tunesmith.config import UserError
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.rows import sample_rows
+from tunesmith.pipeline.verdict import allow, summary_of
 from tunesmith.quantize.calibration import Calibration, calibrate_on
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
 from tunesmith.quantize.compress import compress
 from tunesmith.quantize.modules import Selection
+from tunesmith.quantize.profile import layer_errors
 from tunesmith.quantize.schemes import DEVICES, SCHEMES, Scheme
+from tunesmith.quantize.verification import keep_calibration, verify_in_engine
+from tunesmith.report.fidelity import fidelity_table
 from tunesmith.terminal import log, make_table
 
 
-def run(stages: Stages) -> dict[str, Any]:
-    """Make every checkpoint that is not there yet; the result describes all of them."""
+def run(stages: Stages, *, verify: bool = False) -> dict[str, Any]:
+    """Make every checkpoint that is not there yet; the result describes all of them.
+
+    With `verify` each is compared with its parent in the engine; raises GateError, with all of
+    them kept, when one is refused.
+    """
     if not stages.schemes:
         raise UserError(f"{stages.path}: this needs a quantize section")
     checkpoints = {}
@@ -30,7 +40,9 @@ def run(stages: Stages) -> dict[str, Any]:
             "reused": found is not None,
             **artifact.manifest.metrics,
         }
-    return {"checkpoints": checkpoints}
+    verdicts = verify_in_engine(stages) if verify else {}
+    allow(stages, verdicts)
+    return {"checkpoints": checkpoints, "fidelity": summary_of(stages) if verify else {}}
 
 
 def show(result: dict[str, Any]) -> Any:
@@ -51,7 +63,9 @@ def show(result: dict[str, Any]) -> Any:
             )
         )
     columns = ("scheme", "size", "of parent", "quantized / kept", "calibration tokens", "time")
-    return make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
+    table = make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
+    fidelity = result["fidelity"]
+    return Group(table, fidelity_table(fidelity)) if fidelity else table
 
 
 def _make(stages: Stages, scheme: Scheme) -> Artifact:
@@ -72,6 +86,8 @@ def _make(stages: Stages, scheme: Scheme) -> Artifact:
         )
         copy_companions(parent.root, work.out, recipe.model.chat_template)
         verify(work.out, done.selection)
+        if calibration:
+            keep_calibration(stages, scheme.name, calibration)
         work.metrics |= {
             "scheme": scheme.name,
             "bytes": weight_bytes(work.out),
@@ -80,6 +96,7 @@ def _make(stages: Stages, scheme: Scheme) -> Artifact:
             "seconds": done.seconds,
             "warnings": done.warnings,
             "devices": {device: scheme.refused_by.get(device) for device in DEVICES},
+            "layers": layer_errors(parent.root, work.out, done.selection.quantized),
             **_modules(done.selection),
         }
     return stages.made(draft)
