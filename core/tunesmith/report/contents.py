@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.config import TunesmithError
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import summary_of
 from tunesmith.statistics import Interval, Rows, compare, level
 
 BENCH_MODES = ("batch", "serve")
@@ -50,6 +51,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """One compressed checkpoint, and what its verification came to."""
+
+    name: str
+    size_bytes: int
+    parent_bytes: int
+    layers: dict[str, dict[str, float]]
+    """By layer, how far its weights are from the parent's."""
+    found: dict[str, Any]
+    """Verdict and figures, as `summary_of` gives them."""
+
+
+@dataclass(frozen=True)
 class Made:
     """One artifact of the recipe, for the table of stages and the lineage."""
 
@@ -71,6 +85,7 @@ class Contents:
     held_out: Curve | None
     serve_samples: dict[str, list[dict[str, Any]]]
     """Raw samples of the real-time load by variant."""
+    checkpoints: list[Checkpoint]
     lineage: list[Made]
     missing: list[str]
     """Sentences that name what is not there and the command that makes it."""
@@ -87,6 +102,7 @@ def gather(stages: Stages) -> Contents:
         training=training,
         held_out=held_out,
         serve_samples=_samples(benches["serve"]),
+        checkpoints=_checkpoints(stages),
         lineage=_lineage([artifact for artifact in _all(stages) if artifact]),
         missing=_missing(stages),
     )
@@ -184,6 +200,16 @@ def _samples(bench: Artifact | None) -> dict[str, list[dict[str, Any]]]:
     return {name: entry["samples"] for name, entry in entries.items() if "samples" in entry}
 
 
+def _checkpoints(stages: Stages) -> list[Checkpoint]:
+    made = []
+    for name, found in summary_of(stages).items():
+        artifact = _found(stages, stages.quantized(name))
+        if artifact and "parent_bytes" in (metrics := artifact.manifest.metrics):
+            sizes = metrics["bytes"], metrics["parent_bytes"]
+            made.append(Checkpoint(name, *sizes, metrics.get("layers", {}), found))
+    return made
+
+
 def _read_lines(artifact: Artifact, name: str) -> list[dict[str, Any]]:
     text = (artifact.root / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -200,6 +226,7 @@ def _all(stages: Stages) -> list[Artifact | None]:
     drafts += list(stages.variants.values())
     if recipe.train:
         drafts += [stages.trained]
+    drafts += [stages.fidelity(scheme) for scheme in stages.schemes]
     if recipe.evaluate:
         drafts += [stages.evaluation(name) for name in stages.evaluated]
     if recipe.batch and recipe.batch.input.is_file():
@@ -216,7 +243,7 @@ def _all(stages: Stages) -> list[Artifact | None]:
     return [*parents, *found]
 
 
-_CLOSEST = ("adapter", "parent", "model", "base")
+_CLOSEST = ("adapter", "checkpoint", "parent", "model", "base")
 """Roles of a parent, the one first that an artifact is drawn under; data comes last."""
 
 
@@ -256,6 +283,9 @@ def _missing(stages: Stages) -> list[str]:
         wanted["train"] = {"training": stages.trained}
     if recipe.quantize:
         wanted["quantize"] = {name: stages.quantized(name) for name in stages.schemes}
+        wanted["eval --fidelity"] = {
+            f"fidelity {name}": stages.fidelity(name) for name in stages.schemes
+        }
     if recipe.evaluate:
         wanted["eval"] = {f"eval {name}": stages.evaluation(name) for name in stages.evaluated}
     if recipe.bench:

@@ -13,6 +13,7 @@ from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import engine_spec
 from tunesmith.ledger import Artifact, gpu_names, hash_file
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
 
 _OUTPUT = "output.jsonl"
@@ -76,8 +77,9 @@ def show(result: dict[str, Any]) -> Any:
 def _make(stages: Stages, section: Batch) -> Artifact:
     """Read all rows once to check them, answer those that can be, and write the artifact."""
     draft = stages.batch()
-    spec = engine_spec(stages, section.model)
     variant, _ = stages.variant(section.model)
+    require_approval(stages, variant)
+    spec = engine_spec(stages, section.model)
     total = valid = 0
     for row in read_rows(section):
         total += 1

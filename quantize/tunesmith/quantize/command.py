@@ -18,7 +18,6 @@ from tunesmith.quantize.modules import Selection
 from tunesmith.quantize.profile import layer_errors
 from tunesmith.quantize.schemes import DEVICES, SCHEMES, Scheme
 from tunesmith.quantize.verification import keep_calibration, verify_in_engine
-from tunesmith.report.fidelity import fidelity_table
 from tunesmith.terminal import log, make_table
 
 
@@ -47,6 +46,8 @@ def run(stages: Stages, *, verify: bool = False) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> Any:
     """One line per checkpoint."""
+    from tunesmith.report.fidelity import fidelity_table
+
     rows = []
     for name, made in result["checkpoints"].items():
         refused = [DEVICES[device] for device, reason in made["devices"].items() if reason]

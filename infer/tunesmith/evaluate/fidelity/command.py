@@ -10,7 +10,6 @@ from tunesmith.evaluate.variants import refused
 from tunesmith.ledger import Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import allow, judge, summary_of, verdict_of
-from tunesmith.report.fidelity import fidelity_table
 from tunesmith.terminal import log
 
 
@@ -43,6 +42,8 @@ def run(stages: Stages) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> Any:
     """One line per checkpoint."""
+    from tunesmith.report.fidelity import fidelity_table
+
     return fidelity_table(result["fidelity"])
 
 
