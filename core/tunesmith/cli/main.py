@@ -114,18 +114,11 @@ def train(
 
 
 @app.command()
-def quantize(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    verify: Annotated[
-        bool, typer.Option(help="Compare each with its parent in the engine, and judge it.")
-    ] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Make the compressed checkpoints and verify them.
+def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make the compressed checkpoints, and compare each with its parent in the engine.
 
-    Ends with exit code 3 when one is refused by the limits of the quantize section."""
-    _execute("quantize", recipe, overrides, as_json, verify=verify)
+    Ends with exit code 3 when one is refused."""
+    _execute("quantize", recipe, overrides, as_json)
 
 
 @app.command("eval")

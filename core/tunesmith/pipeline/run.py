@@ -51,7 +51,7 @@ def steps(stages: Stages) -> list[Step]:
         found.append(Step("train", ("train",), tuple(made)))
     if recipe.quantize:
         made = [stages.quantized(scheme) for scheme in stages.schemes]
-        made += [stages.fidelity(scheme) for scheme in stages.schemes]
+        made += stages.fidelities
         found.append(Step("quantize", ("quantize",), tuple(made)))
     if recipe.evaluate:
         made = [stages.evaluation(name) for name in stages.evaluated]

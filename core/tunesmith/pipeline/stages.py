@@ -157,6 +157,14 @@ class Stages:
         }
         return self._draft("eval", f"fidelity {scheme}", section, self._template, parents)
 
+    @property
+    def fidelities(self) -> list[Draft]:
+        """Those of all checkpoints; none where the recipe leaves them unverified."""
+        quantize = self.recipe.quantize
+        if quantize is None or not quantize.verify_rows:
+            return []
+        return [self.fidelity(scheme) for scheme in self.schemes]
+
     def calibration_file(self, scheme: str) -> Path:
         """Where the tokens that a checkpoint was calibrated on are kept, for its verification.
 

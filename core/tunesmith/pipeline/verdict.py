@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from tunesmith.config import GateError
 from tunesmith.config.schema.quantize import Quantize
+from tunesmith.ledger import Store
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 
-_OUTLIER = 4.0  # times the median of the other layers
+_OUTLIER = 4.0  # times the median layer
 _OFF, _ROW_OFF = 0.5, 1.0  # relative errors; at 1 a row of zeros would be as good
 _NAMED = 3
 
@@ -75,12 +76,28 @@ def summary_of(stages: Stages) -> dict[str, Any]:
     return found
 
 
+def recorded_verdict(store: Store, checkpoint_id: str) -> Verdict | None:
+    """What was written down when a checkpoint was last measured, by the limits of then."""
+    found = [
+        artifact.manifest
+        for role, child_id in store.index.children(checkpoint_id)
+        if role == "checkpoint" and (artifact := store.find(child_id))
+    ]
+    if not found:
+        return None
+    verdict = max(found, key=lambda manifest: manifest.created_at).metrics["verdict"]
+    return Verdict(verdict["state"], tuple(verdict["reasons"]))
+
+
 def require_approval(stages: Stages, variant: str) -> None:
     """Stop before a refused checkpoint is used, and say so of one that was not verified.
 
     Raises GateError unless `quantize.allow_refused` is set.
     """
     if variant not in stages.schemes:
+        recorded = recorded_verdict(stages.store, stages.variants[variant].id)
+        if recorded and recorded.state == "refused":
+            log(f"{variant} was refused as a copy of its parent: {'; '.join(recorded.reasons)}")
         return
     verdict = verdict_of(stages, variant)
     if verdict.state == "unverified":
@@ -122,17 +139,17 @@ def worst_layers(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _layer_faults(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Layers that are off by far more than the others: a scale that cannot be right."""
-    found: list[str] = []
+    found: dict[str, str] = {}
     for key, limit, what in (
         ("error", _OFF, "its weights are off by"),
         ("worst_row", _ROW_OFF, "the weights of one output are off by"),
     ):
+        usual = statistics.median(entry[key] for entry in layers.values()) if layers else 0.0
         for name, entry in layers.items():
-            others = [other[key] for at, other in layers.items() if at != name]
-            usual = statistics.median(others) if others else 0.0
-            if entry[key] > max(limit, _OUTLIER * usual) and not any(name in it for it in found):
-                found.append(f"{name}: {what} {entry[key]:.0%}, those of other layers {usual:.1%}")
-    return found
+            if entry[key] > max(limit, _OUTLIER * usual):
+                text = f"{name}: {what} {entry[key]:.0%}, those of the middle layer {usual:.1%}"
+                found.setdefault(name, text)
+    return list(found.values())
 
 
 def _engine_faults(fidelity: Mapping[str, Any]) -> list[str]:

@@ -226,7 +226,7 @@ def _all(stages: Stages) -> list[Artifact | None]:
     drafts += list(stages.variants.values())
     if recipe.train:
         drafts += [stages.trained]
-    drafts += [stages.fidelity(scheme) for scheme in stages.schemes]
+    drafts += stages.fidelities
     if recipe.evaluate:
         drafts += [stages.evaluation(name) for name in stages.evaluated]
     if recipe.batch and recipe.batch.input.is_file():
@@ -283,9 +283,7 @@ def _missing(stages: Stages) -> list[str]:
         wanted["train"] = {"training": stages.trained}
     if recipe.quantize:
         wanted["quantize"] = {name: stages.quantized(name) for name in stages.schemes}
-        wanted["eval --fidelity"] = {
-            f"fidelity {name}": stages.fidelity(name) for name in stages.schemes
-        }
+        wanted["eval --fidelity"] = {draft.label: draft for draft in stages.fidelities}
     if recipe.evaluate:
         wanted["eval"] = {f"eval {name}": stages.evaluation(name) for name in stages.evaluated}
     if recipe.bench:

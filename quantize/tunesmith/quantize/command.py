@@ -21,11 +21,10 @@ from tunesmith.quantize.verification import keep_calibration, verify_in_engine
 from tunesmith.terminal import log, make_table
 
 
-def run(stages: Stages, *, verify: bool = False) -> dict[str, Any]:
-    """Make every checkpoint that is not there yet; the result describes all of them.
+def run(stages: Stages) -> dict[str, Any]:
+    """Make every checkpoint that is not there yet, and have each compared with its parent.
 
-    With `verify` each is compared with its parent in the engine; raises GateError, with all of
-    them kept, when one is refused.
+    Raises GateError, with all of them kept, when one is refused.
     """
     if not stages.schemes:
         raise UserError(f"{stages.path}: this needs a quantize section")
@@ -39,9 +38,8 @@ def run(stages: Stages, *, verify: bool = False) -> dict[str, Any]:
             "reused": found is not None,
             **artifact.manifest.metrics,
         }
-    verdicts = verify_in_engine(stages) if verify else {}
-    allow(stages, verdicts)
-    return {"checkpoints": checkpoints, "fidelity": summary_of(stages) if verify else {}}
+    allow(stages, verify_in_engine(stages))
+    return {"checkpoints": checkpoints, "fidelity": summary_of(stages)}
 
 
 def show(result: dict[str, Any]) -> Any:
@@ -65,8 +63,7 @@ def show(result: dict[str, Any]) -> Any:
         )
     columns = ("scheme", "size", "of parent", "quantized / kept", "calibration tokens", "time")
     table = make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
-    fidelity = result["fidelity"]
-    return Group(table, fidelity_table(fidelity)) if fidelity else table
+    return Group(table, fidelity_table(result["fidelity"]))
 
 
 def _make(stages: Stages, scheme: Scheme) -> Artifact:

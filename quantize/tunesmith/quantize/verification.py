@@ -21,7 +21,8 @@ def verify_in_engine(stages: Stages) -> dict[str, Verdict]:
     One process of this same CLI opens the parent once and each checkpoint beside it. Without vLLM
     they stay unverified, with a line that says how to verify them elsewhere.
     """
-    open_ones = [name for name in stages.schemes if not stages.store.find(stages.fidelity(name).id)]
+    wanted = stages.schemes if stages.fidelities else ()
+    open_ones = [name for name in wanted if not stages.store.find(stages.fidelity(name).id)]
     if open_ones and importlib.util.find_spec("vllm") is None:
         log(f"{', '.join(open_ones)}: not verified, vLLM is not installed: {how_to_verify(stages)}")
     elif open_ones:

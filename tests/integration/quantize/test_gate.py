@@ -56,7 +56,7 @@ def stages(
     return stages_of(
         folder,
         base,
-        quantize={"scheme": ("w4a16", "w8a8-int8"), "calibration_rows": 24},
+        quantize={"scheme": ("w4a16", "w8a8-int8"), "calibration_rows": 24, "verify_rows": 12},
         engine={"max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 0.25},
     )
 
@@ -85,7 +85,7 @@ def refusal(stages: Stages) -> str:
         patch.setattr(command, "copy_companions", copy_and_damage)
         patch.setattr(command, "_calibration", calibrate_on_noise)
         with pytest.raises(GateError) as caught:
-            command.run(stages, verify=True)
+            command.run(stages)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -114,7 +114,7 @@ def test_refused_checkpoints_are_kept_and_marked_and_not_served(
     allowing = stages.recipe.quantize.model_copy(update={"allow_refused": True})
     told = Stages(stages.recipe.model_copy(update={"quantize": allowing}), stages.store)
     require_approval(told, "w4a16")
-    assert command.run(told, verify=True)["fidelity"]["w4a16"]["state"] == "refused"
+    assert command.run(told)["fidelity"]["w4a16"]["state"] == "refused"
 
 
 def test_what_was_measured(stages: Stages, refusal: str) -> None:

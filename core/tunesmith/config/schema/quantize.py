@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunesmith.config.schema.base import Fraction, Positive, Section
+from tunesmith.config.schema.base import Fraction, NonNegative, Positive, Section
 
 Scheme = Literal["w8a8-int8", "w4a16", "fp8-dynamic"]
 
@@ -21,8 +21,9 @@ class Quantize(Section):
     calibration_rows: Positive = 128
     """Training conversations used to calibrate, rendered with the recipe's own template."""
 
-    verify_rows: Positive = 64
-    """Held-out rows on which each checkpoint is compared with its parent, in the engine."""
+    verify_rows: NonNegative = 64
+    """Held-out rows on which each checkpoint is compared with its parent, in the engine; 0 leaves
+    checkpoints unverified."""
 
     max_loss_increase: Fraction | None = 0.05
     """Gate: how far the completion loss may rise above the parent's (0.01 is 1 %); no limit when

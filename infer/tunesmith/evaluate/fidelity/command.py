@@ -20,6 +20,8 @@ def run(stages: Stages) -> dict[str, Any]:
     """
     if not stages.schemes:
         raise UserError(f"{stages.path}: this needs a quantize section")
+    if not stages.fidelities:
+        raise UserError(f"{stages.path}: quantize.verify_rows is 0, which verifies nothing")
     missing, elsewhere = [], {}
     for scheme in stages.schemes:
         stages.made(stages.quantized(scheme))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tunesmith.config import ModelError
+from tunesmith.config import ModelError, TunesmithError
 from tunesmith.config.schema.evaluate import Evaluate
 from tunesmith.engine import EngineSpec, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
@@ -62,7 +62,16 @@ def opened_parent(stages: Stages) -> Iterator[Parent]:
         arguments["gpu_memory_utilization"] = half
     with Worker(spec) as worker:
         log(f"fidelity: starting the engine of {name}")
-        worker.load(**arguments)
+        try:
+            worker.load(**arguments)
+        except TunesmithError as error:
+            if not has_gpu_engine():
+                raise
+            raise TunesmithError(
+                f"{error}\nthe parent and a checkpoint are open side by side, each with half of "
+                f"engine.gpu_memory_utilization ({half:g}); where the parent needs more, set "
+                "engine.tensor_parallel_size, or quantize.verify_rows=0 to leave them unverified"
+            ) from error
         facts = worker.call(ask.facts)
         held_out, sources = _held_out(stages, spec, facts["max_model_len"])
         side = _asked(stages, worker, held_out, facts, name)
