@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.govern import keys_app, usage
+
 app = typer.Typer(
     name="tunesmith",
     help="One recipe from a dataset to a fine-tuned, quantized, served and costed LLM.",
@@ -23,6 +25,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure speed and cost.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
+app.add_typer(keys_app, name="keys")
+app.command()(usage)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -192,7 +196,7 @@ def run(
 
     with _resumable():
         result = run_recipe(recipe, tuple(overrides or ()), discard=discard)
-    _print(result, show, as_json)
+    print_result(result, show, as_json)
 
 
 StoreFolder = Annotated[Path, typer.Option("--store", help="The store's folder.")]
@@ -210,7 +214,7 @@ def show(
     """List artifacts, or show one with its lineage and metrics."""
     from tunesmith.cli import show as views
 
-    _print(*views.show(_open_store(store, ledger), reference, rebuild), as_json)
+    print_result(*views.show(_open_store(store, ledger), reference, rebuild), as_json)
 
 
 @app.command()
@@ -223,7 +227,7 @@ def verify(
     """Hash every file of an artifact and of everything it was made from."""
     from tunesmith.cli import show as views
 
-    _print(*views.verify(_open_store(store, ledger), reference), as_json)
+    print_result(*views.verify(_open_store(store, ledger), reference), as_json)
 
 
 @app.command()
@@ -288,10 +292,13 @@ def _execute(
         raise MissingExtraError(error.name, extra) from error
     with _resumable():
         result = module.run(Stages(recipe, path=str(path)), **arguments)
-    _print(result, module.show, as_json)
+    print_result(result, module.show, as_json)
 
 
-def _print(result: dict[str, Any], view: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
+def print_result(
+    result: dict[str, Any], view: Callable[[dict[str, Any]], Any], as_json: bool
+) -> None:
+    """Results go to stdout: a table for people, or JSON."""
     if as_json:
         typer.echo(json.dumps(result, indent=2, default=str))
         return
