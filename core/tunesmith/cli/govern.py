@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.output import print_result
+
 keys_app = typer.Typer(
     help="Keys for `tunesmith serve`, with their limits and budgets.",
     no_args_is_help=True,
@@ -70,10 +72,9 @@ def create(
 def list_keys(store: StoreFolder = _DEFAULT_STORE, as_json: AsJson = False) -> None:
     """Every key with its limits, without its secret."""
     from tunesmith.serve.govern.keys import read_book
-    from tunesmith.terminal import make_table
 
     now_s = time.time()
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "id": key.id,
             "name": key.name,
@@ -87,20 +88,7 @@ def list_keys(store: StoreFolder = _DEFAULT_STORE, as_json: AsJson = False) -> N
         }
         for key in read_book(_database(store)).keys.values()
     ]
-    columns = ("id", "name", "group", "state", "models", "limits", "expires")
-    rows = [
-        (
-            key["id"],
-            key["name"],
-            key["group"] or "",
-            key["state"],
-            ", ".join(key["models"]) or "all",
-            _limits(key["limits"]),
-            key["expires"] or "",
-        )
-        for key in found
-    ]
-    _print({"keys": found}, lambda _: make_table("Keys", columns, rows), as_json)
+    print_result({"keys": found}, _keys_table, as_json)
 
 
 @keys_app.command()
@@ -157,7 +145,7 @@ def usage(
     from tunesmith.serve.govern import report
 
     result = report.usage(_database(store), store / "serve", by, time.time() - seconds_of(since))
-    _print(result, report.show, as_json)
+    print_result(result, report.show, as_json)
 
 
 def seconds_of(text: str) -> int:
@@ -200,7 +188,20 @@ def _day(moment_s: float | None) -> str | None:
     return None if moment_s is None else time.strftime("%Y-%m-%d", time.gmtime(moment_s))
 
 
-def _print(result: dict[str, Any], view: Any, as_json: bool) -> None:
-    from tunesmith.cli.main import print_result
+def _keys_table(result: dict[str, Any]) -> Any:
+    from tunesmith.terminal import make_table
 
-    print_result(result, view, as_json)
+    columns = ("id", "name", "group", "state", "models", "limits", "expires")
+    rows = [
+        (
+            key["id"],
+            key["name"],
+            key["group"] or "",
+            key["state"],
+            ", ".join(key["models"]) or "all",
+            _limits(key["limits"]),
+            key["expires"] or "",
+        )
+        for key in result["keys"]
+    ]
+    return make_table("Keys", columns, rows)

@@ -7,13 +7,14 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tunesmith.cli.govern import keys_app, usage
+from tunesmith.cli.output import print_result
 
 app = typer.Typer(
     name="tunesmith",
@@ -293,19 +294,6 @@ def _execute(
     with _resumable():
         result = module.run(Stages(recipe, path=str(path)), **arguments)
     print_result(result, module.show, as_json)
-
-
-def print_result(
-    result: dict[str, Any], view: Callable[[dict[str, Any]], Any], as_json: bool
-) -> None:
-    """Results go to stdout: a table for people, or JSON."""
-    if as_json:
-        typer.echo(json.dumps(result, indent=2, default=str))
-        return
-    from rich.console import Console
-
-    # A pipe or a file has no width; folded ids would be of no use there.
-    Console(width=None if sys.stdout.isatty() else 160).print(view(result))
 
 
 def _open_store(folder: Path, ledger: str | None) -> Any:

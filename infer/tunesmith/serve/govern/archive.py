@@ -46,7 +46,7 @@ def read_log(engine: Engine, folder: Path, columns: list[str], since_s: float = 
     """Lines from `since_s` on as a `pyarrow.Table`, oldest first, each once."""
     pyarrow = require("pyarrow", "infer")
     compute = require("pyarrow.compute", "infer")
-    wanted = ["seq", "at_s", *columns]
+    wanted = list(dict.fromkeys(("seq", "at_s", *columns)))
     parquet = require("pyarrow.parquet", "infer")
     parts = [parquet.read_table(path, columns=wanted) for path in _files(folder)]
     query = sa.select(*(requests.c[name] for name in wanted)).where(
