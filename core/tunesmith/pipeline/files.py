@@ -102,7 +102,7 @@ def find_files(place: str, suffixes: Sequence[str]) -> list[InputFile]:
     fs, path = file_system(place)
     try:
         if _PATTERN & set(path):
-            found = fs.glob(path)
+            found = [one for one in fs.glob(path) if not _is_hidden(one)]
         elif fs.isdir(path):
             found = [one for one in fs.find(path) if _is_part(one, path, suffixes)]
         else:
@@ -139,7 +139,13 @@ def _local(place: str, suffixes: Sequence[str]) -> list[Path]:
         return [path] if path.is_file() else []
     pattern = path.relative_to(path.anchor) if path.is_absolute() else path
     root = Path(path.anchor) if path.is_absolute() else Path()
-    return sorted(one for one in root.glob(str(pattern)) if one.is_file())
+    found = [one for one in root.glob(str(pattern)) if one.is_file()]
+    return sorted(one for one in found if not _is_hidden(str(one)))
+
+
+def _is_hidden(path: str) -> bool:
+    """What a pattern of a shell leaves out: a file that is being written, for one."""
+    return PurePosixPath(path).name.startswith(".")
 
 
 def _is_part(path: str, folder: str, suffixes: Sequence[str]) -> bool:

@@ -83,7 +83,7 @@ def publish(source: Path, sha256: str, section: Batch) -> bool:
                 _sync_file(temporary)
                 temporary.replace(path)
         else:
-            ((_, write),) = files
+            _, write = next(files)
             with _beside(path) as temporary:
                 with temporary.open("wb") as file:
                     write(file)
@@ -177,7 +177,7 @@ def _publish_folder(files: Iterator[tuple[str, Any]], target: Path) -> None:
 def _publish_uri(files: Iterator[tuple[str, Any]], target: str, *, is_folder: bool) -> None:
     fs, path = file_system(target)
     if not is_folder:
-        ((_, write),) = files
+        _, write = next(files)
         with _beside_uri(fs, path) as temporary:
             with fs.open(temporary, "wb") as file:
                 write(file)

@@ -62,7 +62,8 @@ def find_form(section: Batch) -> Form:
         ),
         {},
     )
-    is_openai = section.format == "openai" or (section.format is None and is_call(first))
+    is_found = section.format is None and not section.column_keys and is_call(first)
+    is_openai = section.format == "openai" or is_found
     embeds = is_embeddings(first) if is_openai else section.task == "embed"
     return Form(is_openai, embeds)
 

@@ -143,6 +143,13 @@ class Batch(Section):
     """Share of rows that may fail before the command ends with exit code 3."""
 
     @property
+    def column_keys(self) -> list[str]:
+        """Those of the keys here that say what to make of plain columns."""
+        names = ("task", "prompt", "messages", "system", "raw", "labels", "completion")
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
+
+    @property
     def structured_outputs(self) -> dict[str, Any] | None:
         """`structured` as vLLM names it."""
         if self.structured is None:
@@ -192,10 +199,8 @@ class Batch(Section):
         if self.task == "embed" and self.system is not None and self.prompt is not None:
             yield "system: a text to embed is given to the model as it is"
         if self.format == "openai":
-            names = ("prompt", "messages", "system", "raw", "labels", "completion")
-            for name in names:
-                if getattr(self, name) not in (None, False):
-                    yield f"{name}: a request of format: openai says itself what it asks"
+            for name in self.column_keys:
+                yield f"{name}: a request of format: openai says itself what it asks"
         if isinstance(self.messages, tuple):
             templates = [turn.content for turn in self.messages]
             if self.messages[-1].role == "assistant":
