@@ -15,7 +15,7 @@ from tunesmith.batch.results import output_tokens
 from tunesmith.batch.rows import Row
 
 # Anything else is the engine's fault and not the request's.
-_SERVER_FAULTS = ("engine_failed", "killed_engine")
+_SERVER_FAULTS = ("engine_crashed",)
 
 
 def output_line(row: Row, result: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
