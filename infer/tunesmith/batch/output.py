@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.batch.answers import Origin, output_row
 from tunesmith.batch.completions import output_line
 from tunesmith.batch.results import output_tokens
-from tunesmith.batch.rows import find_form, read_rows
+from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards, to_line
 from tunesmith.config.schema.batch import Batch
 
@@ -32,7 +32,6 @@ def write_output(section: Batch, shards: Shards, folder: Path, origin: Origin) -
     """`output.jsonl`, one row per input row, and `errors.jsonl`, from rows that all have a
     result."""
     totals = Totals()
-    is_openai = find_form(section).is_openai
     with (folder / OUTPUT).open("wb") as output, (folder / ERRORS).open("wb") as errors:
         for row in read_rows(section):
             result: dict[str, Any] = (
@@ -40,7 +39,7 @@ def write_output(section: Batch, shards: Shards, folder: Path, origin: Origin) -
             )
             made = (
                 output_line(row, result, origin)
-                if is_openai
+                if row.is_call
                 else output_row(row, result, section, origin)
             )
             output.write(to_line(made))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from tunesmith.batch.table import Shape, arrow_schema, clean, fit, shape_of_rows, to_text
-from tunesmith.config import UserError, require
+from tunesmith.config import TunesmithError, UserError, require
 from tunesmith.config.schema.batch import Batch
 from tunesmith.ledger import hash_file
 from tunesmith.ledger.durable import sync
@@ -63,18 +63,18 @@ def check_output(section: Batch) -> None:
 def publish(source: Path, sha256: str, section: Batch) -> bool:
     """Write the output from the artifact's rows; False where it was there already.
 
-    Raises UserError when the place does not take it.
+    Raises TunesmithError when the place does not take it.
     """
     target, files = section.output, _files(source, section)
     if is_uri(target):
-        with _told(target):
+        with _told(target, TunesmithError):
             _publish_uri(files, target, is_folder=bool(section.rows_per_file))
         return True
     path = Path(target)
     is_copy = not section.rows_per_file and _suffix(target) not in (".parquet", ".csv")
     if is_copy and path.is_file() and hash_file(path) == sha256:
         return False
-    with _told(target):
+    with _told(target, TunesmithError):
         if section.rows_per_file:
             _publish_folder(files, path)
         elif is_copy:
@@ -223,12 +223,12 @@ def _beside_uri(fs: Any, path: str) -> Iterator[str]:
 
 
 @contextmanager
-def _told(target: str) -> Iterator[None]:
-    """Faults of a place as what they are: the recipe's output is where it cannot be written."""
+def _told(target: str, error_type: type[TunesmithError] = UserError) -> Iterator[None]:
+    """What a place says against being written to, with what to do about it."""
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise error_type(
             f"batch.output: cannot write to {target}: {error.strerror or error}; make room or give "
             "another place, and run the same command again"
         ) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from tunesmith.batch.columns import ask_of_columns
@@ -37,6 +37,9 @@ class Row:
     file: str | None = None
     """Where the line is, when the input is several files."""
 
+    is_call: bool = False
+    """Whether the input is of the OpenAI Batch API."""
+
     error: RowError | None = None
 
 
@@ -53,15 +56,12 @@ class Form:
 
 def find_form(section: Batch) -> Form:
     """The form of the input: what the recipe says, else what the first good row is."""
-    records = read_records(section)
-    first = next(
-        (
-            record.columns
-            for _, record in islice(records, _LOOK_AHEAD_ROWS)
-            if not isinstance(record.columns, RowError)
-        ),
-        {},
-    )
+    return _form([*islice(read_records(section), _LOOK_AHEAD_ROWS)], section)
+
+
+def _form(head: Sequence[tuple[str | None, Record]], section: Batch) -> Form:
+    columns = (record.columns for _, record in head)
+    first = next((found for found in columns if not isinstance(found, RowError)), {})
     is_found = section.format is None and not section.column_keys and is_call(first)
     is_openai = section.format == "openai" or is_found
     embeds = is_embeddings(first) if is_openai else section.task == "embed"
@@ -73,9 +73,11 @@ def read_rows(section: Batch) -> Iterator[Row]:
 
     Raises DataError when the input cannot be read.
     """
-    form = find_form(section)
+    records = read_records(section)
+    head = [*islice(records, _LOOK_AHEAD_ROWS)]
+    form = _form(head, section)
     seen: set[int] = set()
-    for index, (file, record) in enumerate(read_records(section)):
+    for index, (file, record) in enumerate(chain(head, records)):
         row = _row(index, file, record, section, form)
         # A row without an id is called after its line, which a later id may clash with.
         digest = hash(str(row.id))
@@ -88,7 +90,7 @@ def read_rows(section: Batch) -> Iterator[Row]:
 
 def _row(index: int, file: str | None, record: Record, section: Batch, form: Form) -> Row:
     name = f"{file}:{record.line}" if file else f"line-{record.line}"
-    row = Row(index, record.line, name, {}, Ask(), file)
+    row = Row(index, record.line, name, {}, Ask(), file, form.is_openai)
     if isinstance(record.columns, RowError):
         return replace(row, error=record.columns)
     row = replace(row, columns=record.columns)
