@@ -24,12 +24,8 @@ batch: {{input: in.jsonl, output: out.jsonl, adapters: {{formal: {adapter}}}}}
 engine: {{kv_cache_gib: 0.1, max_num_seqs: 8, max_model_len: 128}}
 price: {{gpu_hour_usd: 3.6}}
 """
-SCHEMA = {
-    "type": "object",
-    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["sum"],
-    "additionalProperties": False,
-}
+# Without white space in it, which a model of random weights might write for ever.
+SCHEMA = {"type": "integer", "minimum": 0, "maximum": 9}
 
 
 def batch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -52,8 +48,8 @@ def call(name: str, url: str = "chat/completions", **body: Any) -> dict[str, Any
 
 
 GOOD = [
-    call("plain", max_tokens=8),
-    call("formal", max_tokens=8, model="formal"),
+    call("plain", max_tokens=8, logprobs=True),
+    call("formal", max_tokens=8, logprobs=True, model="formal"),
     call("several", max_tokens=4, n=3, temperature=0.8, logprobs=True, top_logprobs=2),
     call("schema", max_tokens=60, structured_outputs={"json": SCHEMA}),
     call("regex", max_tokens=9, structured_outputs={"regex": "[0-9]{3}"}),
@@ -100,12 +96,12 @@ def test_an_openai_file_is_answered_line_by_line(openai_job: Any) -> None:
         name: one.choices[0].message.content for name, one in answers.items() if name != "texts"
     }
     assert answers["plain"].model != answers["formal"].model
-    assert text["plain"] != text["formal"]
+    assert answers["plain"].choices[0].logprobs != answers["formal"].choices[0].logprobs
     several = answers["several"]
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(several.choices[0].logprobs.content[0].top_logprobs) == 2
     assert several.usage.completion_tokens == sum(len(c.logprobs.content) for c in several.choices)
-    assert 0 <= json.loads(text["schema"])["sum"] <= 9
+    assert text["schema"].strip() in list("0123456789")
     assert re.fullmatch("[0-9]{3}", text["regex"]) and text["choice"] in ("yes", "no")
     assert len(answers["texts"].choices) == 2 and answers["texts"].usage.completion_tokens <= 6
     assert len({text[f"more-{at}"] for at in range(8)}) > 4
