@@ -7,8 +7,7 @@ from typing import Any
 from tunesmith.config import UserError
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
-from tunesmith.pipeline.rows import sample_rows
-from tunesmith.quantize.calibration import Calibration, calibrate_on
+from tunesmith.quantize.calibration import calibration_of
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
 from tunesmith.quantize.compress import compress
 from tunesmith.quantize.modules import Selection
@@ -59,7 +58,9 @@ def _make(stages: Stages, name: str) -> Artifact:
     assert recipe.quantize
     method = Method.of(recipe.quantize, name)
     parent = stages.made(stages.tuned if recipe.train else stages.base)
-    calibration = _calibration(stages, parent) if method.calibrated else None
+    calibration = None
+    if method.calibrated:
+        calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
     draft = stages.quantized(method.name)
     log(f"{method.name}: quantizing {parent.id}")
     with stages.store.write(draft, recipe) as work:
@@ -87,20 +88,6 @@ def _make(stages: Stages, name: str) -> Artifact:
             **_modules(done.selection),
         }
     return stages.made(draft)
-
-
-def _calibration(stages: Stages, parent: Artifact) -> Calibration:
-    recipe = stages.recipe
-    assert recipe.quantize and recipe.data
-    dataset = stages.made(stages.dataset)
-    rows = sample_rows(dataset.root / "train.jsonl", recipe.quantize.calibration_rows, recipe.seed)
-    return calibrate_on(
-        rows,
-        parent.root,
-        chat_template=recipe.model.chat_template,
-        max_length=recipe.data.max_length,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
 
 
 def _modules(selection: Selection) -> dict[str, Any]:
