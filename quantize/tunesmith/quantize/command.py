@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.config import UserError
+from tunesmith.config.schemes import has_amx, refusal
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.quantize.calibration import calibration_of
@@ -62,6 +63,8 @@ def _make(stages: Stages, name: str) -> Artifact:
     if method.calibrated:
         calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
     draft = stages.quantized(method.name)
+    if recipe.quantize.device is None and (reason := _refused_here(method)):
+        log(f"{name} will not run in vLLM on this machine: {reason}")
     log(f"{method.name}: quantizing {parent.id}")
     with stages.store.write(draft, recipe) as work:
         done = compress(
@@ -84,10 +87,18 @@ def _make(stages: Stages, name: str) -> Artifact:
             "calibration": calibration.counts() if calibration else None,
             "seconds": done.seconds,
             "warnings": done.warnings,
-            "devices": {device: method.scheme.refused_by.get(device) for device in DEVICES},
+            "devices": method.scheme.devices(),
             **_modules(done.selection),
         }
     return stages.made(draft)
+
+
+def _refused_here(method: Method) -> str | None:
+    import torch
+
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    capability = 10 * gpu[0] + gpu[1] if gpu else None
+    return refusal(method.scheme.devices(), capability, has_amx=has_amx())
 
 
 def _modules(selection: Selection) -> dict[str, Any]:

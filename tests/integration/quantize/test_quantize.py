@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,15 @@ def test_calibration_reads_what_training_reads_and_counts_what_it_cuts(
     llama: Path, rows: Rows
 ) -> None:
     template = ChatTemplate.load(llama)
-    data = Data.model_validate({"train": "rows.jsonl", "max_length": 24})
+    whole = [len(template.supervise(row["messages"]).input_ids) for row in rows]
+    limit = sorted(whole)[len(whole) // 2]
+    data = Data.model_validate({"train": "rows.jsonl", "max_length": limit})
     trained = tokenise_conversations(rows, template, data)
-    found = calibrate(rows, llama, max_length=24)
+    found = calibrate(rows, llama, max_length=limit)
     assert found.input_ids == [example.input_ids.tolist() for example in trained.rows]
     assert found.cut == trained.truncated > 0
     assert found.counts()["tokens"] == sum(map(len, found.input_ids))
-    ends = calibrate(rows, llama, max_length=24, truncation="start")
+    ends = calibrate(rows, llama, max_length=limit, truncation="start")
     assert ends.cut == found.cut and ends.input_ids != found.input_ids
 
 
@@ -173,9 +176,11 @@ def test_rows_that_the_template_refuses_are_counted_and_never_all_of_them(
 def test_another_text_has_the_lengths_of_the_own_rows(
     tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]
 ) -> None:
+    folders = (tmp_path / str(at) for at in count())
+
     def calibration(**keys: Any) -> Calibration:
         quantize = {"quantize": {"scheme": "w4a16", "calibration_rows": 8, **keys}}
-        stages = stages_of(tmp_path / "-".join(keys), llama, **quantize)
+        stages = stages_of(next(folders), llama, **quantize)
         return calibration_of(stages.recipe, stages.made(stages.dataset), llama)
 
     own, generic = calibration(), calibration(calibration_text="generic")

@@ -95,7 +95,7 @@ class Quantize(Section):
     def _device_runs_the_schemes(cls, device: Device | None, info: ValidationInfo) -> Device | None:
         if device and device != "any":
             for scheme in _asked(info):
-                if reason := scheme.refusal(device):
+                if reason := scheme.devices()[device]:
                     raise ValueError(f"{scheme.name}: {reason}")
         return device
 
