@@ -102,7 +102,7 @@ def _verified(stages: Stages, case: str) -> dict[str, Any]:
 @contextmanager
 def _fault(case: str) -> Iterator[None]:
     """Put into quantization what the gate shall find."""
-    copy, calibrate, source = command.copy_companions, command._calibration, random.Random(0)
+    copy, calibrate, source = command.copy_companions, command.calibration_of, random.Random(0)
 
     def damaged(parent: Path, out: Path, template: Path | None) -> None:
         copy(parent, out, template)
@@ -117,7 +117,7 @@ def _fault(case: str) -> Iterator[None]:
 
     with (
         mock.patch.object(command, "copy_companions", damaged if case == "damaged" else copy),
-        mock.patch.object(command, "_calibration", noise if case == "noise" else calibrate),
+        mock.patch.object(command, "calibration_of", noise if case == "noise" else calibrate),
     ):
         yield
 

@@ -64,7 +64,7 @@ def stages(
 @pytest.fixture(scope="module")
 def refusal(stages: Stages) -> str:
     """What is said of a W4A16 with a damaged layer and a W8A8 that was calibrated on noise."""
-    copy, calibrate = command.copy_companions, command._calibration
+    copy, calibrate = command.copy_companions, command.calibration_of
     source = random.Random(0)
     calibrated: list[Calibration] = []
 
@@ -83,7 +83,7 @@ def refusal(stages: Stages) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "copy_companions", copy_and_damage)
-        patch.setattr(command, "_calibration", calibrate_on_noise)
+        patch.setattr(command, "calibration_of", calibrate_on_noise)
         with pytest.raises(GateError) as caught:
             command.run(stages)
     assert caught.value.exit_code == 3
