@@ -34,7 +34,7 @@ class Line:
     alone_bounds: str = ""
     full: str = say.NOTHING
     full_bounds: str = ""
-    resident: str = say.NOTHING
+    loaded: str = say.NOTHING
     peak: str = say.NOTHING
     load: str = say.NOTHING
     kernel: str = say.NOTHING
@@ -69,7 +69,7 @@ def line(name: str, found: Found) -> Line:
         alone_bounds=_times_bounds(alone),
         full=_times(full),
         full_bounds=_times_bounds(full),
-        resident=say.size(engine["resident_bytes"]),
+        loaded=say.size(engine["loaded_bytes"]),
         peak=say.size(engine["peak_bytes"]),
         load=say.duration(engine["load_s"]),
         kernel=", ".join(engine["kernels"]) or say.NOTHING,

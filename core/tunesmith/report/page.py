@@ -106,7 +106,7 @@ def _parent_engine(contents: Contents) -> dict[str, str] | None:
         if metrics and metrics["loads"]:
             engine, speed = metrics["parent_engine"], metrics["speed"]
             return {
-                "resident": say.size(engine["resident_bytes"]),
+                "loaded": say.size(engine["loaded_bytes"]),
                 "peak": say.size(engine["peak_bytes"]),
                 "load": say.duration(engine["load_s"]),
                 "alone": f"{speed['batch_1']['parent_tokens_per_s']['value']:,.0f}",

@@ -25,6 +25,8 @@ class Engine:
 
     max_num_seqs: int
     load_s: float
+    loaded_bytes: int = 0
+    """What loading added to the memory of the process."""
 
 
 def measure(

@@ -118,7 +118,7 @@ def _fidelity(stages: Stages, name: str) -> None:
         return {"value": value, "low": value - part * value, "high": value + part * value}
 
     error = ERRORS[name]
-    engine = {"load_s": 2.4, "resident_bytes": 12 << 20, "peak_bytes": 900 << 20, "kernels": ["K"]}
+    engine = {"load_s": 2.4, "loaded_bytes": 12 << 20, "peak_bytes": 900 << 20, "kernels": ["K"]}
     speed = {"requests": 64, "parent_tokens_per_s": around(2000.0)}
     metrics = {
         "loads": True,

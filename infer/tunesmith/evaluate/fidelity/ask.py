@@ -38,9 +38,14 @@ class Distributions:
 
 def facts(engine: Engine) -> dict[str, Any]:
     """What the engine made of the model."""
+    import torch
+
     config = engine.llm.model_config
     [found, *_] = engine.llm.apply_model(_model_facts)
+    # Kernels of CPUs keep the weights outside torch.
+    on_gpu = found.pop("tensor_bytes") if torch.cuda.is_available() else None
     return {
+        "loaded_bytes": engine.loaded_bytes if on_gpu is None else on_gpu,
         "load_s": engine.load_s,
         "max_model_len": config.max_model_len,
         "vocabulary": config.get_vocab_size(),
@@ -102,13 +107,18 @@ def peak_bytes(_: Engine) -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
+    return process_bytes("VmHWM")
+
+
+def process_bytes(name: str) -> int:
+    """A line of what the kernel says of this process: VmRSS is its memory, VmHWM its peak."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    [line] = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    [line] = [line for line in status.splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 def _model_facts(model: Any) -> dict[str, Any]:
-    """Runs where the model is: its size in memory, and the kernels its linear layers chose."""
+    """Runs where the model is: its size there, and the kernels its linear layers chose."""
     kernels = set()
     for module in model.modules():
         for holder in (getattr(module, "scheme", None), getattr(module, "quant_method", None)):
@@ -118,7 +128,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     return {
         "kernels": sorted(kernels),
-        "resident_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from tunesmith.config import TunesmithError
+from tunesmith.config import ModelError, TunesmithError
 from tunesmith.engine import EngineSpec, close_llm, lora_request, open_llm, prepare_process
+from tunesmith.evaluate.fidelity.ask import process_bytes
 from tunesmith.evaluate.measure import Engine
 from tunesmith.pipeline.run import end_with_parent
 
@@ -89,10 +90,11 @@ def _work(pipe: Connection, spec: EngineSpec) -> None:
                 else:
                     args, named = arguments
                     result = what(engine, *args, **named)
-            except TunesmithError as error:
-                pipe.send((True, error))
+            except ModelError as error:
+                pipe.send((True, ModelError(str(error))))
             except Exception as error:
-                pipe.send((True, TunesmithError(f"{spec.model}: {type(error).__name__}: {error}")))
+                kind = "" if isinstance(error, TunesmithError) else f"{type(error).__name__}: "
+                pipe.send((True, TunesmithError(f"{kind}{error}")))
             else:
                 pipe.send((False, result))
     except (EOFError, OSError, KeyboardInterrupt):
@@ -102,7 +104,8 @@ def _work(pipe: Connection, spec: EngineSpec) -> None:
 
 
 def _load(spec: EngineSpec, engine_args: dict[str, Any]) -> Engine:
-    started_s = time.monotonic()
+    started_s, before_bytes = time.monotonic(), process_bytes("VmRSS")
     llm = open_llm(spec, **engine_args)
     load_s = round(time.monotonic() - started_s, 3)
-    return Engine(llm, lora_request(spec), spec.settings.max_num_seqs, load_s)
+    added_bytes = process_bytes("VmRSS") - before_bytes
+    return Engine(llm, lora_request(spec), spec.settings.max_num_seqs, load_s, added_bytes)
