@@ -52,7 +52,7 @@ def generate(job: Job, shards: Shards) -> float:
         _finish_on_signal(pool),
     ):
         bar.advance(shards.count)
-        for made in _results(job, shards, pool, writer):
+        for made in _results(job, shards, pool, writer, rate):
             bar.advance(1, rate.note(made.output_tokens if made else 0, writer.errors))
     if pool.is_stopping and shards.count < job.valid:
         raise WorkInterrupted(
@@ -62,7 +62,9 @@ def generate(job: Job, shards: Shards) -> float:
     return pool.load_s
 
 
-def _results(job: Job, shards: Shards, pool: EnginePool, writer: Writer) -> Iterator[Answer | None]:
+def _results(
+    job: Job, shards: Shards, pool: EnginePool, writer: Writer, rate: Rate
+) -> Iterator[Answer | None]:
     """Hand each row's result to the writer; yields the answer, or None where there is none."""
     others = 0
 
@@ -79,6 +81,7 @@ def _results(job: Job, shards: Shards, pool: EnginePool, writer: Writer) -> Iter
     def requests() -> Iterator[Request]:
         nonlocal others
         writer.start()
+        rate.start()
         for item in ahead(windows):
             match item:
                 case Wrong():

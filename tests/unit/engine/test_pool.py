@@ -18,8 +18,8 @@ from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineSpec
 from tunesmith.engine.places import Place
 from tunesmith.engine.pool import Crashed, EnginePool
+from tunesmith.engine.protocol import Refused
 from tunesmith.engine.requests import Answer, Request
-from tunesmith.engine.worker import Refused
 
 # Answers a request with its key, and does as the first token of its prompt says.
 HEAD = """
@@ -27,7 +27,8 @@ import os, sys, time
 from multiprocessing.connection import Connection
 from tunesmith.config import ModelError
 from tunesmith.engine.requests import Answer
-from tunesmith.engine.worker import Ready, answer_all
+from tunesmith.engine.protocol import Ready
+from tunesmith.engine.worker import answer_all
 
 def answering(requests):
     held = []
