@@ -102,6 +102,13 @@ def calls(request: Request) -> list[tuple[list[int], Any]]:
 
     Raises ValueError, or what vLLM raises, when it does not take the parameters.
     """
+    try:
+        return _calls(request)
+    except TypeError as error:  # an unknown name, or a value of another type
+        raise ValueError(str(error)) from error
+
+
+def _calls(request: Request) -> list[tuple[list[int], Any]]:
     from vllm import PoolingParams, SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
