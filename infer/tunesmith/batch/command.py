@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.batch.drift import SHARDS, check_drift, note_output
 from tunesmith.batch.generate import Job, generate
 from tunesmith.batch.output import check_output, publish, write_output
 from tunesmith.batch.rows import read_rows
@@ -19,17 +20,18 @@ _OUTPUT = "output.jsonl"
 _ERRORS = "errors.jsonl"
 
 
-def run(stages: Stages) -> dict[str, Any]:
+def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     """Answer what has no answer yet and write the output file.
 
-    Raises GateError, with everything written, when more rows failed than
-    `batch.max_error_rate` allows.
+    Raises UserError when a batch that was interrupted would be left behind, unless `discard`, and
+    GateError, with everything written, when more rows failed than `batch.max_error_rate` allows.
     """
     section = stages.recipe.batch
     if section is None:
         raise UserError(f"{stages.path}: this needs a batch section")
     draft = stages.batch()
     check_output(section)
+    check_drift(stages, section, discard=discard)
     found = stages.store.find(draft.id)
     artifact = found or _make(stages, section)
     entry = artifact.manifest.files[_OUTPUT]
@@ -88,7 +90,8 @@ def _make(stages: Stages, section: Batch) -> Artifact:
     places = find_places(section.replicas, devices)
     usd_per_s = _usd_per_s(stages, len(places) * devices)
     with stages.store.write(draft, stages.recipe) as work:
-        shards = Shards(work.scratch / "shards", total, {"id": draft.id})
+        note_output(work.scratch, section)
+        shards = Shards(work.scratch / SHARDS, total, {"id": draft.id})
         load_s = 0.0
         if shards.count < valid:
             load_s = generate(Job(section, spec, places, valid, usd_per_s), shards)
