@@ -1,6 +1,6 @@
 """A batch that is killed at random points and started again: what is lost, doubled and redone.
 
-    python tests/benchmarks/batch_durability.py --model FOLDER --out docs/measured/batch-durability-cpu.json
+    python tests/benchmarks/batch_durability.py --model FOLDER --out FILE.json
 
 `FOLDER` is a chat model. The job runs once untouched; then with SIGKILL of its whole process group,
 with SIGKILL of only the engine, and with SIGTERM, each at so many random points, until it is done.
