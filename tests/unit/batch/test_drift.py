@@ -60,7 +60,7 @@ def test_a_changed_recipe_model_or_input_is_refused_with_what_changed(folder: Pa
     check(stages_of(replicas=2, reuse=False, max_error_rate=0.5))
     with pytest.raises(UserError, match="interrupted after 40 rows") as refused:
         check(stages_of(max_tokens=9))
-    assert "  batch.max_tokens: 128 → 9\n" in str(refused.value)
+    assert "  batch.max_tokens: null → 9\n" in str(refused.value)
     assert "--discard" in str(refused.value)
     (folder / "in.jsonl").write_text(json.dumps({"prompt": "2"}))
     with pytest.raises(UserError, match=r"batch.input: changed \(in.jsonl\)"):
