@@ -62,7 +62,7 @@ Make = Callable[..., EnginePool]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A pool whose engines run the given code."""
 
     def _make(code: str = WORKER, places: int = 1, window: int = 16, **settings: int) -> EnginePool:
@@ -71,12 +71,12 @@ def make(tmp_path: Path) -> Make:
         )
         script = tmp_path / "worker.py"
         script.write_text(code)
+        monkeypatch.setattr("tunesmith.engine.pool._WORKER", (sys.executable, str(script)))
         return EnginePool(
             spec,
             [Place() for _ in range(places)],
             window=window,
             log_folder=tmp_path,
-            worker=[sys.executable, str(script)],
         )
 
     return _make
