@@ -45,7 +45,7 @@ def show(result: dict[str, Any]) -> Any:
                 f"{made['bytes'] / made['parent_bytes']:.0%}",
                 f"{len(made['quantized'])} / {len(made['kept'])}",
                 f"{made['calibration']['tokens']:,}" if made["calibration"] else "none needed",
-                "reused" if made["reused"] else f"{sum(made['seconds'].values()):.1f} s",
+                "reused" if made["reused"] else f"{made['seconds']:.1f} s",
                 f"all but {', '.join(refused)}" if refused else "all",
                 made["id"],
             )
@@ -68,7 +68,7 @@ def _make(stages: Stages, scheme: Scheme) -> Artifact:
             calibration,
             dtype=recipe.model.dtype,
             trust_remote_code=recipe.model.trust_remote_code,
-            log_path=work.scratch / "quantize.log",
+            scratch=work.scratch,
         )
         copy_companions(parent.root, work.out, recipe.model.chat_template)
         verify(work.out, done.selection)
@@ -78,6 +78,7 @@ def _make(stages: Stages, scheme: Scheme) -> Artifact:
             "parent_bytes": weight_bytes(parent.root),
             "calibration": calibration.counts() if calibration else None,
             "seconds": done.seconds,
+            "whole": done.whole,
             "warnings": done.warnings,
             "devices": {device: scheme.refused_by.get(device) for device in DEVICES},
             **_modules(done.selection),
