@@ -78,10 +78,12 @@ class Hub(BaseHTTPRequestHandler):
             modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]
             return self._answer(200, {"files": modes})
         url = f"http://127.0.0.1:{self.server.server_port}/me/bot"  # type: ignore[attr-defined]
-        return self._answer(200, {"url": url, "commitUrl": f"{url}/commit/1", "commitOid": "1"})
+        return self._answer(
+            200, {"url": url, "id": "me/bot", "commitUrl": f"{url}/commit/1", "commitOid": "1"}
+        )
 
     def do_GET(self) -> None:
-        self._answer(200, {})
+        self._answer(200, {"id": "me/bot"})
 
     def _answer(self, status: int, value: Any) -> None:
         text = json.dumps(value).encode()
