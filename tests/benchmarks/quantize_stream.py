@@ -32,6 +32,7 @@ from tunesmith.ledger import describe_environment
 from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.compress import compress
+from tunesmith.quantize.schemes import SCHEMES
 from tunesmith.train.tokenizer import learn_tokenizer
 
 MOST_TIME = 1.1
@@ -137,7 +138,7 @@ def quantize(parent: Path, out: Path, scheme: str, way: str) -> float:
         compressing.why_whole = lambda *_: "compared with"
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(8, 4096, (ROWS, TOKENS), generator=generator).tolist()
-    method = compressing.SCHEMES[scheme]
+    method = SCHEMES[scheme]
     started_s = time.monotonic()
     try:
         compress(

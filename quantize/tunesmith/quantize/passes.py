@@ -39,6 +39,10 @@ class Passes:
         if not _equal(calls, again):
             raise NotAChainError("its layers are given values that depend on the text")
 
+    def learn(self, hidden_BSD: Any, batch: Batch) -> None:
+        """What `check` also finds out, for work that goes on; before hooks are on the layers."""
+        self._catch(_without_text(batch, hidden_BSD))
+
     def run(self, at: int, hidden_BSD: Any, batch: Batch) -> Any:
         """Pass states through layer `at`; returns those that the next one is given."""
         rest, named = self._arguments(hidden_BSD, batch)[at]

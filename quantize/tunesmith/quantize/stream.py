@@ -94,6 +94,9 @@ class Stream:
             self._skeleton.move_buffers(self._device)
             if self._fitted and not done:
                 self._embed()
+            elif self._fitted and done < len(self._layers):
+                states = self._states(self._fitted[0], done).read(self._device)
+                self._passes.learn(next(states), self._on_device(self._batches[0]))
             session.initialize(
                 model=model, start=-1, recipe=self._modifiers, calib_data=self._batches
             )
@@ -151,6 +154,7 @@ class Stream:
     def _quantize(self, at: int, bar: Bar) -> None:
         """Take one layer through every modifier, write it, and free it."""
         from compressed_tensors.compressors import compress_module
+        from compressed_tensors.quantization.utils import is_module_quantized
         from llmcompressor.core.events import EventType
         from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization
 
@@ -165,7 +169,7 @@ class Stream:
                 self._propagate(at, number, bar)
         if not self._fitted:
             bar.advance()
-        for module in modules:
+        for module in filter(is_module_quantized, modules):
             freeze_module_quantization(module)
             compress_module(module)
         tensors = self._skeleton.stored(layer, prefix)

@@ -24,7 +24,9 @@ from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.command import run
 from tunesmith.quantize.compress import Compressed, compress
+from tunesmith.quantize.passes import Passes
 from tunesmith.quantize.schemes import SCHEMES
+from tunesmith.quantize.skeleton import Skeleton, decoder_layers
 from tunesmith.quantize.stream import Stream
 
 GEMMA = {
@@ -87,7 +89,7 @@ asked = compressing.modifiers
         ("llama", {}, "w8a8-int8", smoothed),
         ("qwen3", {"head_dim": 32}, "fp8-dynamic", asked),
         ("phi", {}, "w4a16", asked),
-        ("mistral", {"sliding_window": 32, "head_dim": 32}, "w8a8-int8", asked),
+        ("mistral", {"sliding_window": None, "head_dim": 32}, "w8a8-int8", asked),
     ],
 )
 def test_the_weights_are_those_of_llm_compressors_own_pipeline(
@@ -110,6 +112,46 @@ def test_the_weights_are_those_of_llm_compressors_own_pipeline(
     assert_same(tmp_path / "layers", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("gemma3_text", GEMMA),
+        ("mistral", {"sliding_window": 32, "head_dim": 32}),
+        ("phi3", {"sliding_window": 32}),
+    ],
+)
+def test_layers_are_called_as_the_model_calls_them(
+    tmp_path: Path,
+    model_of: Callable[..., Path],
+    texts: Calibration,
+    architecture: str,
+    changes: dict[str, Any],
+) -> None:
+    """Sliding windows among them, whose mask llm-compressor 0.14 loses when it traces Mistral."""
+    parent = model_of(tmp_path / "parent", architecture, **changes)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    seen: list[torch.Tensor] = []
+    for layer in decoder_layers(model).values():
+        layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    skeleton = Skeleton.of(parent, "bfloat16", False)
+    skeleton.model.config._attn_implementation = "eager"
+    passes = Passes(skeleton.model, list(skeleton.layers.values()))
+    batches = [{"input_ids": torch.tensor([ids])} for ids in texts.input_ids]
+    with torch.no_grad():
+        skeleton.fill(skeleton.outside(), "cpu")
+        passes.check(batches[0])
+        skeleton.fill(skeleton.stored(skeleton.model), "cpu")
+        for batch in batches:
+            seen.clear()
+            model(**batch)
+            hidden_BSD = passes.first(batch)
+            for at, expected_BSD in enumerate(seen):
+                hidden_BSD = passes.run(at, hidden_BSD, batch)
+                assert torch.equal(hidden_BSD, expected_BSD)
+
+
 def test_what_is_kept_is_the_parents_even_where_norms_have_an_offset(
     tmp_path: Path, model_of: Callable[..., Path], texts: Calibration
 ) -> None:
@@ -129,7 +171,7 @@ def test_what_is_kept_is_the_parents_even_where_norms_have_an_offset(
 def test_a_kill_costs_no_finished_layer_and_changes_no_bit(
     tmp_path: Path, model_of: Callable[..., Path], stages_of: Callable[..., Stages]
 ) -> None:
-    parent = model_of(tmp_path / "parent", "llama", num_hidden_layers=8)
+    parent = model_of(tmp_path / "parent", "llama", num_hidden_layers=6)
     section = {"quantize": {"scheme": "w4a16", "calibration_rows": 24}}
     whole = run(stages_of(tmp_path / "one", parent, **section))["checkpoints"]["w4a16"]
     stages = stages_of(tmp_path / "two", parent, **section)
@@ -145,7 +187,7 @@ def test_a_kill_costs_no_finished_layer_and_changes_no_bit(
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()
     finished = {path: path.stat() for path in layers.glob("layer-*.safetensors")}
-    assert 2 <= len(finished) < 8
+    assert 2 <= len(finished) < 6
     rewritten: list[int] = []
     quantize_layer = Stream._quantize
 
@@ -156,7 +198,7 @@ def test_a_kill_costs_no_finished_layer_and_changes_no_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stream, "_quantize", counted)
         resumed = run(stages)["checkpoints"]["w4a16"]
-    assert rewritten == list(range(len(finished), 8))
+    assert rewritten == list(range(len(finished), 6))
     assert resumed["id"] == whole["id"]
     assert_same(Path(resumed["folder"]), Path(whole["folder"]))
 
