@@ -28,11 +28,12 @@ import yaml
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tunesmith.config.schema.quantize import Quantize
 from tunesmith.ledger import describe_environment
 from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.compress import compress
-from tunesmith.quantize.schemes import SCHEMES
+from tunesmith.quantize.schemes import Method
 from tunesmith.train.tokenizer import learn_tokenizer
 
 MOST_TIME = 1.1
@@ -138,7 +139,7 @@ def quantize(parent: Path, out: Path, scheme: str, way: str) -> float:
         compressing.why_whole = lambda *_: "compared with"
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(8, 4096, (ROWS, TOKENS), generator=generator).tolist()
-    method = SCHEMES[scheme]
+    method = Method.of(Quantize(scheme=scheme), scheme)  # type: ignore[arg-type]
     started_s = time.monotonic()
     try:
         compress(

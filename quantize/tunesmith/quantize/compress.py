@@ -15,10 +15,10 @@ from typing import Any
 
 from tunesmith.config import ModelError, TunesmithError, require
 from tunesmith.quantize.calibration import Calibration
-from tunesmith.quantize.modifiers import modifiers
+from tunesmith.quantize.modifiers import modifiers, without_pinning
 from tunesmith.quantize.modules import Selection, select
 from tunesmith.quantize.passes import Batch, NotAChainError
-from tunesmith.quantize.schemes import Scheme
+from tunesmith.quantize.schemes import Method
 from tunesmith.quantize.skeleton import Skeleton, decoder_layers
 from tunesmith.quantize.stream import Stream, why_whole
 from tunesmith.terminal import log, progress_bar
@@ -42,7 +42,7 @@ class Compressed:
 def compress(
     parent: Path,
     out: Path,
-    scheme: Scheme,
+    method: Method,
     calibration: Calibration | None,
     *,
     dtype: str,
@@ -56,34 +56,34 @@ def compress(
     quantize, TunesmithError when llm-compressor fails on it.
     """
     log_path = scratch / "quantize.log"
-    with _quiet(log_path) as noticed:
+    with _quiet(log_path) as noticed, without_pinning():
         _refuse_quantized(parent)
         started_s = time.monotonic()
         skeleton = Skeleton.of(parent, dtype, trust_remote_code)
-        selection = select(skeleton.model, scheme)
+        selection = select(skeleton.model, method)
         batches = _batches(calibration.input_ids if calibration else [])
-        asked = modifiers(skeleton.model, scheme, selection, calibrated=bool(batches))
+        asked = modifiers(skeleton.model, method, selection)
         try:
             whole = why_whole(skeleton, selection, asked)
             if whole is None:
                 try:
-                    model = _by_layer(skeleton, asked, batches, scratch, scheme.name, out)
+                    model = _by_layer(skeleton, asked, batches, scratch, method.name, out)
                 except NotAChainError as error:
                     whole = str(error)
             if whole is not None:
-                log(f"{scheme.name}: the whole model is held in memory: {whole}")
+                log(f"{method.name}: the whole model is held in memory: {whole}")
                 model = _load(parent, dtype, trust_remote_code)
-                _oneshot(model, scheme, selection, batches)
+                _oneshot(model, method, selection, batches)
                 model.save_pretrained(out, save_compressed=True)
         except TunesmithError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise TunesmithError(
-                f"{scheme.name}: llm-compressor cannot quantize this "
+                f"{method.name}: llm-compressor cannot quantize this "
                 f"{type(skeleton.model).__name__}: {reason}; its log is in {log_path}"
             ) from error
-        done = select(model, scheme)
+        done = select(model, method)
         _confirm(model, done)
     return Compressed(done, noticed, round(time.monotonic() - started_s, 3), whole)
 
@@ -131,16 +131,16 @@ def _refuse_quantized(parent: Path) -> None:
         )
 
 
-def _oneshot(model: Any, scheme: Scheme, selection: Selection, batches: list[Batch]) -> None:
+def _oneshot(model: Any, method: Method, selection: Selection, batches: list[Batch]) -> None:
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
-    with _layer_bar(model, scheme.name, passes=2 * len(batches)):
+    with _layer_bar(model, method.name, passes=2 * len(batches)):
         oneshot(
             model=model,
             # Loading a tokenizer is skipped for a processor that is given; ids need none.
             processor=object(),
-            recipe=modifiers(model, scheme, selection, calibrated=bool(batches)),
+            recipe=modifiers(model, method, selection),
             dataset=DataLoader(batches, batch_size=None) if batches else None,
         )
 

@@ -25,10 +25,10 @@ from tunesmith.quantize.skeleton import Skeleton
 from tunesmith.quantize.weights import join, write_part
 from tunesmith.terminal import Bar, log, progress_bar
 
-_WITHIN_A_LAYER = frozenset({"GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"})
+_SMOOTHING = frozenset({"SmoothQuantModifier", "AWQModifier"})
+_WITHIN_A_LAYER = _SMOOTHING | {"GPTQModifier", "QuantizationModifier"}
 """Modifiers that look at no more than one layer at a time."""
 
-_SMOOTHING = frozenset({"SmoothQuantModifier"})
 _REST_BYTES = 2**28
 _DECIDING = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 

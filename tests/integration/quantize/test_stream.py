@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tunesmith.config.schema.quantize import Quantize
 from tunesmith.pipeline import Stages
 from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.command import run
 from tunesmith.quantize.compress import Compressed, compress
 from tunesmith.quantize.passes import Passes
-from tunesmith.quantize.schemes import SCHEMES
+from tunesmith.quantize.schemes import Method
 from tunesmith.quantize.skeleton import Skeleton, decoder_layers
 from tunesmith.quantize.stream import Stream
 
@@ -45,15 +46,18 @@ def texts() -> Calibration:
     return Calibration(ids, rows=4, cut=0, rejected=0)
 
 
-def quantize(parent: Path, out: Path, scheme: str, texts: Calibration) -> Compressed:
+def quantize(
+    parent: Path, out: Path, texts: Calibration, scheme: str = "w8a8-int8", **settings: Any
+) -> Compressed:
     scratch = out.with_name(f"{out.name}-scratch")
     for folder in (out, scratch):
         folder.mkdir(parents=True, exist_ok=True)
+    method = Method.of(Quantize(scheme=scheme, **settings), scheme)  # type: ignore[arg-type]
     return compress(
         parent,
         out,
-        SCHEMES[scheme],
-        texts if SCHEMES[scheme].calibrated else None,
+        method,
+        texts if method.calibrated else None,
         dtype="bfloat16",
         trust_remote_code=False,
         scratch=scratch,
@@ -73,24 +77,19 @@ def assert_same(one: Path, other: Path) -> None:
     assert (one / "config.json").read_text() == (other / "config.json").read_text()
 
 
-def smoothed(*arguments: Any, **named: Any) -> list[Any]:
-    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-
-    return [SmoothQuantModifier(), *asked(*arguments, **named)]
-
-
-asked = compressing.modifiers
-
-
 @pytest.mark.parametrize(
-    ("architecture", "changes", "scheme", "recipe"),
+    ("architecture", "changes", "settings"),
     [
-        ("llama", {"tie_word_embeddings": True}, "w4a16", asked),
-        ("llama", {}, "w8a8-int8", smoothed),
-        ("qwen3", {"head_dim": 32}, "fp8-dynamic", asked),
-        ("phi", {}, "w4a16", asked),
-        ("mistral", {"sliding_window": None, "head_dim": 32}, "w8a8-int8", asked),
+        ("llama", {"tie_word_embeddings": True}, {"scheme": "w4a16"}),
+        ("llama", {}, {"scheme": "w8a8-int8", "smoothquant": 0.5}),
+        ("llama", {}, {"scheme": "w4a16", "algorithm": "awq"}),
+        ("llama", {}, {"scheme": "fp8-static", "kv_cache": "fp8"}),
+        ("llama", {}, {"scheme": "nvfp4"}),
+        ("qwen3", {"head_dim": 32}, {"scheme": "fp8-dynamic"}),
+        ("phi", {}, {"scheme": "w4a16", "symmetric": False}),
+        ("mistral", {"sliding_window": None, "head_dim": 32}, {"scheme": "w8a8-int8"}),
     ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_the_weights_are_those_of_llm_compressors_own_pipeline(
     tmp_path: Path,
@@ -99,14 +98,12 @@ def test_the_weights_are_those_of_llm_compressors_own_pipeline(
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     changes: dict[str, Any],
-    scheme: str,
-    recipe: Any,
+    settings: dict[str, Any],
 ) -> None:
     parent = model_of(tmp_path / "parent", architecture, **changes)
-    monkeypatch.setattr(compressing, "modifiers", recipe)
-    done = quantize(parent, tmp_path / "layers", scheme, texts)
+    done = quantize(parent, tmp_path / "layers", texts, **settings)
     monkeypatch.setattr(compressing, "why_whole", lambda *_: "asked for")
-    other = quantize(parent, tmp_path / "whole", scheme, texts)
+    other = quantize(parent, tmp_path / "whole", texts, **settings)
     assert (done.whole, other.whole) == (None, "asked for")
     assert done.selection == other.selection
     assert_same(tmp_path / "layers", tmp_path / "whole")
@@ -161,7 +158,7 @@ def test_what_is_kept_is_the_parents_even_where_norms_have_an_offset(
         if "norm" in name:
             tensors[name] = torch.linspace(-0.01, 0.01, len(tensors[name])).bfloat16()
     save_file(tensors, parent / "model.safetensors", {"format": "pt"})
-    done = quantize(parent, tmp_path / "made", "w4a16", texts)
+    done = quantize(parent, tmp_path / "made", texts, "w4a16")
     made = weights(tmp_path / "made")
     assert done.whole is None
     for name in done.selection.kept.keys() - {"lm_head"}:
@@ -210,10 +207,10 @@ def test_sharded_parents_and_large_results(
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
     model.save_pretrained(sharded, max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    quantize(llama, tmp_path / "one", "w8a8-int8", texts)
+    quantize(llama, tmp_path / "one", texts)
     monkeypatch.setattr("tunesmith.quantize.weights._ONE_FILE_BYTES", 1)
     monkeypatch.setattr("tunesmith.quantize.stream._REST_BYTES", 1)
-    quantize(sharded, tmp_path / "many", "w8a8-int8", texts)
+    quantize(sharded, tmp_path / "many", texts)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     expected = weights(tmp_path / "one")
     assert index["weight_map"].keys() == expected.keys()
@@ -231,23 +228,23 @@ def test_what_cannot_go_layer_by_layer_is_done_whole_and_says_why(
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
     model.config.save_pretrained(old)
     torch.save(model.state_dict(), old / "pytorch_model.bin")
-    done = quantize(old, tmp_path / "made", "fp8-dynamic", texts)
+    done = quantize(old, tmp_path / "made", texts, "fp8-dynamic")
     assert done.whole and done.whole.startswith("no safetensors file has model.embed_tokens")
     assert f"the whole model is held in memory: {done.whole}" in capsys.readouterr().err
-    quantize(llama, tmp_path / "layers", "fp8-dynamic", texts)
+    quantize(llama, tmp_path / "layers", texts, "fp8-dynamic")
     assert_same(tmp_path / "layers", tmp_path / "made")
 
 
 def test_work_of_another_environment_is_not_continued(
     tmp_path: Path, llama: Path, texts: Calibration, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantize(llama, tmp_path / "made", "w8a8-int8", texts)
+    quantize(llama, tmp_path / "made", texts)
     stamp = tmp_path / "made-scratch" / "layers" / "stamp.json"
     before = os.stat(stamp.with_name("layer-00000.safetensors")).st_ino
     stamp.write_text(stamp.read_text().replace('"torch": "', '"torch": "0.'))
-    quantize(llama, tmp_path / "again", "w8a8-int8", texts)
+    quantize(llama, tmp_path / "again", texts)
     (tmp_path / "made" / "model.safetensors").unlink()
-    quantize(llama, tmp_path / "made", "w8a8-int8", texts)
+    quantize(llama, tmp_path / "made", texts)
     assert "the environment has changed; it begins again" in capsys.readouterr().err
     assert os.stat(stamp.with_name("layer-00000.safetensors")).st_ino != before
     assert_same(tmp_path / "made", tmp_path / "again")
