@@ -33,7 +33,9 @@ from tunesmith.ledger import describe_environment
 from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.compress import compress
+from tunesmith.quantize.plan import Work
 from tunesmith.quantize.schemes import Method
+from tunesmith.quantize.skeleton import Skeleton
 from tunesmith.train.tokenizer import learn_tokenizer
 
 MOST_TIME = 1.1
@@ -100,7 +102,10 @@ def measure_memory(scratch: Path, _: int) -> dict[str, Any]:
             command = [sys.executable, __file__, "--out", "-", "--peak", str(parent), way]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[f"{way}_peak_mib"] = round(int(done.stdout.split()[-1]) / 2**20, 1)
-        found[f"{depth} layers"] = {"weights_mib": round(weights_mib, 1), **peaks}
+        work = Work.of(Skeleton.of(parent, "bfloat16", False), _method("w4a16"), (TOKENS,) * ROWS)
+        planned_mib = round(sum(work.parts_bytes().values()) / 2**20, 1)
+        sizes = {"weights_mib": round(weights_mib, 1), "planned_mib": planned_mib}
+        found[f"{depth} layers"] = sizes | peaks
     shallow, deep = found.values()
     grown = {key: deep[key] - shallow[key] for key in deep}
     share = grown["layers_peak_mib"] / grown["weights_mib"]
@@ -139,7 +144,7 @@ def quantize(parent: Path, out: Path, scheme: str, way: str) -> float:
         compressing.why_whole = lambda *_: "compared with"
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(8, 4096, (ROWS, TOKENS), generator=generator).tolist()
-    method = Method.of(Quantize(scheme=scheme), scheme)  # type: ignore[arg-type]
+    method = _method(scheme)
     started_s = time.monotonic()
     try:
         compress(
@@ -149,6 +154,10 @@ def quantize(parent: Path, out: Path, scheme: str, way: str) -> float:
     finally:
         compressing.why_whole = why_whole
     return time.monotonic() - started_s
+
+
+def _method(scheme: str) -> Method:
+    return Method.of(Quantize.model_validate({"scheme": scheme}), scheme)
 
 
 def same(one: Path, other: Path) -> bool:

@@ -37,7 +37,7 @@ Discard = Annotated[
 
 # Where each command lives, and the extra that brings what it imports.
 _COMMANDS = {
-    "plan": ("tunesmith.train.plan", "train"),
+    "plan": ("tunesmith.cli.plan", "train"),
     "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
