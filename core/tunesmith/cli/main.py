@@ -42,7 +42,7 @@ Discard = Annotated[
 
 # Where each command lives, and the extra that brings what it imports.
 _COMMANDS = {
-    "plan": ("tunesmith.train.plan", "train"),
+    "plan": ("tunesmith.cli.plan", "train"),
     "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
@@ -245,6 +245,25 @@ def verify(
     from tunesmith.cli import show as views
 
     print_result(*views.verify(_open_store(store, ledger), reference), as_json)
+
+
+@app.command()
+def export(
+    reference: Annotated[str, typer.Argument(metavar="ID | NAME@ALIAS")],
+    to: Annotated[
+        str, typer.Option(help="A new folder, a URI such as s3://bucket/model, or hub:OWNER/NAME.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see a new repository on the hub.")
+    ] = False,
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+) -> None:
+    """Copy a model with its manifest and a card to where it is used without this store."""
+    from tunesmith.ledger import deliver
+
+    opened = _open_store(store, ledger)
+    typer.echo(deliver(opened, opened.get(reference), to, public=public))
 
 
 @app.command()

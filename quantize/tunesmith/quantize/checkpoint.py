@@ -19,6 +19,7 @@ _COMPANIONS = (
     "chat_template*",
     "generation_config.json",
     "*processor_config.json",
+    "*.py",
 )
 """Files of a model folder that are neither weights nor their description."""
 

@@ -56,7 +56,7 @@ def show(result: dict[str, Any]) -> Any:
                 f"{made['bytes'] / made['parent_bytes']:.0%}",
                 f"{len(made['quantized'])} / {len(made['kept'])}",
                 f"{made['calibration']['tokens']:,}" if made["calibration"] else "none needed",
-                "reused" if made["reused"] else f"{sum(made['seconds'].values()):.1f} s",
+                "reused" if made["reused"] else f"{made['seconds']:.1f} s",
                 f"all but {', '.join(refused)}" if refused else "all",
                 made["id"],
             )
@@ -86,7 +86,7 @@ def _make(stages: Stages, name: str) -> Artifact:
             calibration,
             dtype=recipe.model.dtype,
             trust_remote_code=recipe.model.trust_remote_code,
-            log_path=work.scratch / "quantize.log",
+            scratch=work.scratch,
         )
         copy_companions(parent.root, work.out, recipe.model.chat_template)
         verify(work.out, done.selection)
@@ -100,6 +100,7 @@ def _make(stages: Stages, name: str) -> Artifact:
             "parent_bytes": weight_bytes(parent.root),
             "calibration": calibration.counts() if calibration else None,
             "seconds": done.seconds,
+            "whole": done.whole,
             "warnings": done.warnings,
             "devices": method.scheme.devices(),
             "layers": layer_errors(parent.root, work.out, done.selection.quantized),

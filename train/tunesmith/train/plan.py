@@ -7,7 +7,6 @@ the speed of matrix products.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -15,6 +14,7 @@ from rich.console import Group, RenderableType
 from tunesmith.config import require
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact, Draft
+from tunesmith.pipeline.configs import config_folder
 from tunesmith.pipeline.run import steps
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
@@ -26,8 +26,6 @@ _COUNTED_CHARACTERS = 50_000_000
 _CEILING_SHARE = 0.4
 """Of what large matrix products reach: an assumption. The best published LoRA training on an H100
 has 0.5 (NVIDIA NeMo AutoModel, 12,473 tokens/s on Llama-3-8B)."""
-
-_CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def run(stages: Stages, device: str = THIS_MACHINE) -> dict[str, Any]:
@@ -178,20 +176,3 @@ def _language_and_config(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
     maker = stages if recipe.train.method == "pretrain" else stages.builtin_base
     language = learn_language(make_dataset(maker), maker.recipe)
     return language, read_config(maker.recipe, language.tokenizer, None)
-
-
-def config_folder(stages: Stages) -> Path | None:
-    """Configuration and tokenizer of the base, without its weights; None while it is not made."""
-    if found := stages.store.find(stages.base.id):
-        return found.root
-    if stages.builds_base:
-        return None
-    section = stages.base.section
-    if section["source"] == "folder":
-        return Path(str(stages.recipe.model.base))
-    hub = require("huggingface_hub", "train")
-    return Path(
-        hub.snapshot_download(
-            section["source"], revision=section["commit"], allow_patterns=_CONFIG_FILES
-        )
-    )

@@ -18,6 +18,7 @@ from tunesmith.config.schema.data import Data
 from tunesmith.data import command as counts
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
+from tunesmith.pipeline.configs import config_folder
 from tunesmith.pipeline.rows import sample_rows
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
@@ -29,7 +30,6 @@ from tunesmith.train.language import (
     learn_language,
     read_language,
 )
-from tunesmith.train.plan import config_folder
 from tunesmith.train.spans_view import show_lengths, show_row, show_tokens
 
 _BINS = 12
