@@ -30,7 +30,7 @@ from tunesmith.config import GateError, load_recipe
 from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import judge, verdict_of
-from tunesmith.quantize import command
+from tunesmith.quantize import command, making
 from tunesmith.quantize.profile import layer_errors
 
 SCHEMES = ("w8a8-int8", "w4a16")
@@ -102,7 +102,7 @@ def _verified(stages: Stages, case: str) -> dict[str, Any]:
 @contextmanager
 def _fault(case: str) -> Iterator[None]:
     """Put into quantization what the gate shall find."""
-    copy, calibrate, source = command.copy_companions, command.calibration_of, random.Random(0)
+    copy, calibrate, source = making.copy_companions, making.calibration_of, random.Random(0)
 
     def damaged(parent: Path, out: Path, template: Path | None) -> None:
         copy(parent, out, template)
@@ -116,8 +116,8 @@ def _fault(case: str) -> Iterator[None]:
         return found
 
     with (
-        mock.patch.object(command, "copy_companions", damaged if case == "damaged" else copy),
-        mock.patch.object(command, "calibration_of", noise if case == "noise" else calibrate),
+        mock.patch.object(making, "copy_companions", damaged if case == "damaged" else copy),
+        mock.patch.object(making, "calibration_of", noise if case == "noise" else calibrate),
     ):
         yield
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
 from tunesmith.config.schema.base import Section
+from tunesmith.config.schema.quantize import AUTO
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
 from tunesmith.pipeline.batch import adapter_of, digest_adapter, digest_batch
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
@@ -144,6 +145,8 @@ class Stages:
             "data": _pick(data, "max_length", *(("truncation",) if is_cut_otherwise else ())),
             "seed": self.recipe.seed,
         }
+        if scheme == AUTO and quantize.device is None:
+            section["machine"] = self._machine
         parent = self.tuned if self.recipe.train else self.base
         parents = {"parent": parent.id, "calibration": self.dataset.id}
         return self._draft("checkpoint", scheme, section, self._calibration_inputs(scheme), parents)
@@ -159,12 +162,23 @@ class Stages:
             raise UserError(f"{self.path}: quantize.calibration_text: no such file: {text}")
         return {**self._template, "calibration_text": self.store.digest(text)}
 
+    def with_schemes(self, *schemes: str, keep: tuple[str, ...] = ()) -> Stages:
+        """The stages of the same recipe with these schemes named in place of its own."""
+        quantize = self.recipe.quantize
+        assert quantize
+        named = {"scheme": schemes, "keep": (*quantize.keep, *keep)}
+        recipe = self.recipe.model_copy(update={"quantize": quantize.model_copy(update=named)})
+        return Stages(recipe, self.store, self.path)
+
     def fidelity(self, scheme: str) -> Draft:
         """What a compressed checkpoint keeps of its parent, measured in the engine.
 
-        The limits of the gate are not part of it: another limit needs no other measurement.
+        The limits of the gate are not part of it: another limit needs no other measurement. That of
+        `auto` is the one of the checkpoint that was chosen, once there is one.
         """
         checkpoint = self.quantized(scheme)
+        if scheme == AUTO and (made := self.store.find(checkpoint.id)):
+            return Draft.of(self.store.get(made.manifest.metrics["fidelity"]).manifest)
         quantize, data, evaluate = self.recipe.quantize, self.recipe.data, self.recipe.evaluate
         assert quantize and data
         section = {

@@ -7,18 +7,14 @@ from typing import Any
 from rich.console import Group
 
 from tunesmith.config import UserError
-from tunesmith.config.schemes import has_amx, refusal
-from tunesmith.ledger import Artifact
+from tunesmith.config.schema.quantize import AUTO
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import allow, summary_of
-from tunesmith.quantize.calibration import calibration_of
-from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
-from tunesmith.quantize.compress import compress
-from tunesmith.quantize.modules import Selection
-from tunesmith.quantize.profile import layer_errors
-from tunesmith.quantize.schemes import DEVICES, Method
-from tunesmith.quantize.verification import keep_calibration, verify_in_engine
-from tunesmith.terminal import log, make_table
+from tunesmith.quantize.making import make
+from tunesmith.quantize.schemes import DEVICES
+from tunesmith.quantize.search import search
+from tunesmith.quantize.verification import verify_in_engine
+from tunesmith.terminal import make_table
 
 
 def run(stages: Stages) -> dict[str, Any]:
@@ -31,7 +27,7 @@ def run(stages: Stages) -> dict[str, Any]:
     checkpoints = {}
     for name in stages.schemes:
         found = stages.store.find(stages.quantized(name).id)
-        artifact = found or _make(stages, name)
+        artifact = found or (search(stages) if name == AUTO else make(stages, name))
         checkpoints[name] = {
             "id": artifact.id,
             "folder": str(artifact.root),
@@ -63,63 +59,24 @@ def show(result: dict[str, Any]) -> Any:
         )
     columns = ("scheme", "size", "of parent", "quantized / kept", "calibration tokens", "time")
     table = make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
-    return Group(table, fidelity_table(result["fidelity"]))
+    searches = [_search_table(made) for made in result["checkpoints"].values() if "search" in made]
+    return Group(table, *searches, fidelity_table(result["fidelity"]))
 
 
-def _make(stages: Stages, name: str) -> Artifact:
-    recipe = stages.recipe
-    assert recipe.quantize
-    method = Method.of(recipe.quantize, name)
-    parent = stages.made(stages.tuned if recipe.train else stages.base)
-    calibration = None
-    if method.calibrated:
-        calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
-    draft = stages.quantized(method.name)
-    if recipe.quantize.device is None and (reason := _refused_here(method)):
-        log(f"{name} will not run in vLLM on this machine: {reason}")
-    log(f"{method.name}: quantizing {parent.id}")
-    with stages.store.write(draft, recipe) as work:
-        done = compress(
-            parent.root,
-            work.out,
-            method,
-            calibration,
-            dtype=recipe.model.dtype,
-            trust_remote_code=recipe.model.trust_remote_code,
-            scratch=work.scratch,
+def _search_table(made: dict[str, Any]) -> Any:
+    """What `auto` tried, in the order in which it did."""
+    rows = [
+        (
+            one["name"],
+            f"{one['bytes'] / 1e6:,.2f} MB",
+            "" if one["loss_increase"] is None else f"{one['loss_increase']:+.2%}",
+            "" if one["tokens_per_s"] is None else f"{one['tokens_per_s']:,.0f}",
+            one["state"],
+            "chosen" if one["id"] == made["chosen_id"] else "",
+            "yes" if one["name"] in made["pareto"] else "",
         )
-        copy_companions(parent.root, work.out, recipe.model.chat_template)
-        verify(work.out, done.selection)
-        if calibration:
-            keep_calibration(stages, method.name, calibration)
-        work.metrics |= {
-            "scheme": method.name,
-            "algorithm": method.algorithm,
-            "changes_activations": method.changes_activations,
-            "bytes": weight_bytes(work.out),
-            "parent_bytes": weight_bytes(parent.root),
-            "calibration": calibration.counts() if calibration else None,
-            "seconds": done.seconds,
-            "whole": done.whole,
-            "warnings": done.warnings,
-            "devices": method.scheme.devices(),
-            "layers": layer_errors(parent.root, work.out, done.selection.quantized),
-            **_modules(done.selection),
-        }
-    return stages.made(draft)
-
-
-def _refused_here(method: Method) -> str | None:
-    import torch
-
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    capability = 10 * gpu[0] + gpu[1] if gpu else None
-    return refusal(method.scheme.devices(), capability, has_amx=has_amx())
-
-
-def _modules(selection: Selection) -> dict[str, Any]:
-    return {
-        "group_size": selection.group_size,
-        "quantized": sorted(selection.quantized),
-        "kept": selection.kept,
-    }
+        for one in made["search"]
+    ]
+    rows += [(name, "", "", "", reason, "", "") for name, reason in made["not_here"].items()]
+    columns = ("tried", "size", "loss", "tokens/s", "verdict", "", "not beaten")
+    return make_table(f"auto: {made['reason']}", columns, rows)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.config import ModelError
+from tunesmith.config import ModelError, UserError
 from tunesmith.quantize.schemes import Method
 
 Shape = tuple[int, int]
@@ -43,9 +43,20 @@ def select(model: Any, method: Method) -> Selection:
             kept[name] = "outside the text decoder"
         elif name.rpartition(".")[2] in _ROUTERS:
             kept[name] = "router"
+        elif chosen := next((one for one in method.keep if _is_within(name, one)), None):
+            kept[name] = f"quantize.keep: {chosen}"
         else:
             linear[name] = (module.out_features, module.in_features)
+    for chosen in method.keep:
+        if not any(_is_within(name, chosen) for name in kept):
+            raise UserError(f"quantize.keep: no layer of this model begins with {chosen}")
     return split_by_shape(linear, kept, method)
+
+
+def block_of(name: str) -> str:
+    """What a layer is quantized or kept together with: engines join some layers of it into one
+    matrix."""
+    return name.rpartition(".")[0]
 
 
 def split_by_shape(linear: dict[str, Shape], kept: dict[str, str], method: Method) -> Selection:
@@ -53,17 +64,15 @@ def split_by_shape(linear: dict[str, Shape], kept: dict[str, str], method: Metho
     those (query, key and value; gate and up) into one matrix, which must have one format."""
     multiple = method.scheme.multiple_of
     odd = {
-        name.rpartition(".")[0]: f"{name} is {outputs} x {inputs}"
+        block_of(name): f"{name} is {outputs} x {inputs}"
         for name, (outputs, inputs) in linear.items()
         if outputs % multiple or inputs % multiple
     }
-    quantized = {
-        name: shape for name, shape in linear.items() if name.rpartition(".")[0] not in odd
-    }
+    quantized = {name: shape for name, shape in linear.items() if block_of(name) not in odd}
     kept = kept | {
         name: f"{method.name} needs multiples of {multiple}, {odd[parent]}"
         for name in linear
-        if (parent := name.rpartition(".")[0]) in odd
+        if (parent := block_of(name)) in odd
     }
     if not quantized:
         first = kept[next(iter(linear))] if linear else "its decoder has no linear layers"
@@ -82,6 +91,10 @@ def _group_size(quantized: dict[str, Shape], method: Method) -> int | None:
             return size
     inputs = quantized[str(odd)][1]
     raise ModelError(f"quantize.group_size: {size} does not divide the {inputs} inputs of {odd}")
+
+
+def _is_within(name: str, start: str) -> bool:
+    return name == start or name.startswith(f"{start}.")
 
 
 def _with_weights(model: Any) -> Iterator[tuple[str, Any]]:

@@ -25,11 +25,11 @@ def layer_errors(
     back. A layer whose name the parent's files do not have is left out.
     """
     before, after = Tensors(parent), Tensors(child)
-    schemes, moved = _schemes(child), _moved(before, after)
+    schemes, moved = schemes_of(child), _moved(before, after)
     found = {}
     for name in sorted(quantized):
         if f"{name}.weight" in before:
-            weight = _dequantized(after, name, schemes)
+            weight = dequantized(after, name, schemes)
             if weight is not None:
                 found[name] = _least_error(name, weight, before, moved)
     return found
@@ -61,7 +61,8 @@ class Tensors:
         return {key.removeprefix(start): self.get(key) for key in self if key.startswith(start)}
 
 
-def _schemes(folder: Path) -> list[tuple[tuple[str, ...], Any]]:
+def schemes_of(folder: Path) -> list[tuple[tuple[str, ...], Any]]:
+    """The groups of a checkpoint's config: what each targets, and how that is stored."""
     from compressed_tensors.quantization import QuantizationConfig
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def _schemes(folder: Path) -> list[tuple[tuple[str, ...], Any]]:
     ]
 
 
-def _dequantized(tensors: Tensors, name: str, schemes: list[tuple[tuple[str, ...], Any]]) -> Any:
+def dequantized(tensors: Tensors, name: str, schemes: list[tuple[tuple[str, ...], Any]]) -> Any:
     """The weights of a layer in full precision; None when no group of the config targets it."""
     import torch
     from compressed_tensors.compressors.base import BaseCompressor

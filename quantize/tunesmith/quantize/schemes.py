@@ -27,6 +27,8 @@ class Method:
     smoothquant: float | None = None
     rotation: Literal["spinquant"] | None = None
     kv_cache: Literal["fp8"] | None = None
+    keep: tuple[str, ...] = ()
+    """Beginnings of the names of layers to leave in 16 bits."""
 
     @property
     def name(self) -> str:
@@ -55,4 +57,5 @@ class Method:
             smoothquant=section.smoothquant,
             rotation=section.rotation,
             kv_cache=section.kv_cache,
+            keep=section.keep,
         )

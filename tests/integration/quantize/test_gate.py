@@ -8,32 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from taught import teach
 
-from tunesmith.chat import ChatTemplate
 from tunesmith.config import GateError
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
-from tunesmith.quantize import command
+from tunesmith.quantize import command, making
 from tunesmith.quantize.calibration import Calibration
 
 DAMAGED = "model.layers.1.mlp.up_proj"
-
-
-def teach(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """A few passes over the rows: a model that knows nothing has nothing to lose."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    template = ChatTemplate.load(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(3):
-        for row in rows:
-            ids = torch.tensor([template.supervise(row["messages"]).input_ids])
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def damage(out: Path) -> None:
@@ -64,7 +48,7 @@ def stages(
 @pytest.fixture(scope="module")
 def refusal(stages: Stages) -> str:
     """What is said of a W4A16 with a damaged layer and a W8A8 that was calibrated on noise."""
-    copy, calibrate = command.copy_companions, command.calibration_of
+    copy, calibrate = making.copy_companions, making.calibration_of
     source = random.Random(0)
     calibrated: list[Calibration] = []
 
@@ -82,8 +66,8 @@ def refusal(stages: Stages) -> str:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "copy_companions", copy_and_damage)
-        patch.setattr(command, "calibration_of", calibrate_on_noise)
+        patch.setattr(making, "copy_companions", copy_and_damage)
+        patch.setattr(making, "calibration_of", calibrate_on_noise)
         with pytest.raises(GateError) as caught:
             command.run(stages)
     assert caught.value.exit_code == 3

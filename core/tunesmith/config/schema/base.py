@@ -35,7 +35,7 @@ SchemeName = Literal[
 ]
 """The rows of `tunesmith.config.schemes.SCHEMES`."""
 
-Variant = Literal["base", "tuned", "adapter", SchemeName]
+Variant = Literal["base", "tuned", "adapter", "auto", SchemeName]
 
 
 class Store(Section):

@@ -11,15 +11,44 @@ from pydantic import Field, ValidationInfo, field_validator
 from tunesmith.config.schema.base import Fraction, NonNegative, Positive, SchemeName, Section
 from tunesmith.config.schemes import SCHEMES, Algorithm, Scheme
 
+AUTO = "auto"
+"""The scheme that is searched for."""
+
 Device = Literal["any", "cpu", "cpu_amx", "sm_80", "sm_89", "sm_90", "sm_100"]
+
+
+class Search(Section):
+    """How `scheme: auto` chooses among the checkpoints that keep the recipe's limits."""
+
+    candidates: tuple[SchemeName, ...] | None = None
+    """What may be chosen; when null every scheme that `device` runs."""
+
+    minimize: Literal["size", "time", "loss"] = "size"
+    """`size` tries from the smallest up and takes the first that passes; `time` tries all and takes
+    the one that answers a full queue fastest, `loss` the one nearest to the parent."""
+
+    max_size: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Largest share of the parent's bytes that a checkpoint may have."""
+
+    mix: bool = True
+    """Where `size` has a scheme fail, also try it with the blocks that it hurts most left in 16
+    bits, as long as that is smaller than what passes."""
 
 
 class Quantize(Section):
     """Compressed checkpoints of the tuned model (of the base where the recipe trains nothing), in
     the format that vLLM loads. Every key has to suit every scheme."""
 
-    scheme: SchemeName | tuple[SchemeName, ...]
-    """One scheme or several; each becomes a checkpoint of its own."""
+    scheme: SchemeName | tuple[SchemeName, ...] | Literal["auto"]
+    """One scheme or several; each becomes a checkpoint of its own. `auto` tries schemes and takes
+    the best one within the limits (`max_loss_increase` and those after it)."""
+
+    search: Search = Search()
+    """How `auto` chooses."""
+
+    keep: tuple[str, ...] = ()
+    """Layers to leave in 16 bits, by the beginnings of their names, such as
+    `model.layers.0.mlp`."""
 
     device: Device | None = None
     """What will serve it: a CPU (`cpu_amx`: one with AMX), a GPU by its compute capability, or
@@ -81,9 +110,14 @@ class Quantize(Section):
     """Let serve, batch and bench take a checkpoint that its verification refused."""
 
     @property
-    def schemes(self) -> tuple[SchemeName, ...]:
+    def schemes(self) -> tuple[SchemeName | Literal["auto"], ...]:
         """What `scheme` names."""
         return (self.scheme,) if isinstance(self.scheme, str) else self.scheme
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The gates, by key."""
+        return self.model_dump(include={"max_loss_increase", "max_kl", "max_flipped"})
 
     def algorithm_of(self, scheme: str) -> Algorithm:
         """How the weights of one scheme are chosen."""
@@ -92,7 +126,8 @@ class Quantize(Section):
     def calibrates(self, scheme: str) -> bool:
         """Whether one scheme is made by looking at data."""
         return (
-            self.algorithm_of(scheme) != "rtn"
+            scheme == AUTO
+            or self.algorithm_of(scheme) != "rtn"
             or SCHEMES[scheme].static_activations
             or self.kv_cache is not None
             or self.smoothquant is not None
@@ -101,19 +136,28 @@ class Quantize(Section):
     def choices(self, scheme: str) -> dict[str, Any]:
         """The keys that decide what a checkpoint is, other than the defaults of its scheme."""
         keys = ("algorithm", "group_size", "symmetric", "smoothquant", "rotation", "kv_cache")
-        found = self.model_dump(mode="json", include=set(keys), exclude_defaults=True)
+        found = self.model_dump(mode="json", include={*keys, "keep"}, exclude_defaults=True)
+        if scheme == AUTO:
+            searched = self.model_dump(mode="json", include={"search", "device", "verify_rows"})
+            return found | searched | self.limits | self._calibration()
         if self.algorithm == SCHEMES[scheme].algorithms[0]:
             del found["algorithm"]
-        if self.calibrates(scheme):
-            found |= {"sampling": "stratified", "calibration_tokens": self.calibration_tokens}
-            is_named = isinstance(self.calibration_text, str)
-            found["calibration_text"] = self.calibration_text if is_named else "file"
-        return found
+        return found | (self._calibration() if self.calibrates(scheme) else {})
+
+    def _calibration(self) -> dict[str, Any]:
+        is_named = isinstance(self.calibration_text, str)
+        return {
+            "sampling": "stratified",
+            "calibration_tokens": self.calibration_tokens,
+            "calibration_text": self.calibration_text if is_named else "file",
+        }
 
     @field_validator("device")
     @classmethod
     def _device_runs_the_schemes(cls, device: Device | None, info: ValidationInfo) -> Device | None:
-        if device and device != "any":
+        search: Search | None = info.data.get("search")
+        is_open = info.data.get("scheme") == AUTO and not (search and search.candidates)
+        if device and device != "any" and not is_open:
             for scheme in _asked(info):
                 if reason := scheme.devices()[device]:
                     raise ValueError(f"{scheme.name}: {reason}")
@@ -157,4 +201,7 @@ class Quantize(Section):
 def _asked(info: ValidationInfo) -> list[Scheme]:
     """The schemes that stand before a key; none when they are at fault themselves."""
     found = info.data.get("scheme", ())
+    if found == AUTO:
+        search: Search | None = info.data.get("search")
+        found = (search.candidates if search else None) or tuple(SCHEMES)
     return [SCHEMES[name] for name in ((found,) if isinstance(found, str) else found)]
