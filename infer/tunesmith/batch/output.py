@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunesmith.batch.results import output_tokens
 from tunesmith.batch.rows import Row, read_rows
 from tunesmith.batch.shards import Shards, to_line
 from tunesmith.config import UserError
@@ -46,7 +47,7 @@ def write_output(section: Batch, shards: Shards, folder: Path) -> Totals:
                 errors.write(to_line({"id": row.id, "line": row.line, **error}))
             else:
                 totals.prompt_tokens += result["prompt_tokens"]
-                totals.output_tokens += result["output_tokens"]
+                totals.output_tokens += output_tokens(result)
     shards.close()
     return totals
 
@@ -54,12 +55,14 @@ def write_output(section: Batch, shards: Shards, folder: Path) -> Totals:
 def output_row(row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
     """The result, then the input's columns; one that has a result's name gets `input_` before
     it."""
+    outputs = result.get("outputs")
     made = {
         "id": row.id,
-        "answer": result.get("text"),
-        "finish_reason": result.get("finish_reason"),
+        "answer": outputs[0]["text"] if outputs else None,
+        "finish_reason": outputs[0]["finish_reason"] if outputs else None,
         "prompt_tokens": result.get("prompt_tokens"),
-        "output_tokens": result.get("output_tokens"),
+        "cached_tokens": result.get("cached_tokens"),
+        "output_tokens": output_tokens(result) if outputs else None,
         "error": result.get("error"),
     }
     kept = {

@@ -6,30 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from tunesmith.batch.errors import Invalid, RowError, quote
+from tunesmith.batch.requests import Ask
 from tunesmith.config import DataError
 from tunesmith.config.schema.batch import Batch
-
-ErrorType = Literal[
-    "malformed_line",
-    "missing_prompt",
-    "invalid_messages",
-    "invalid_parameter",
-    "invalid_id",
-    "duplicate_id",
-    "prompt_too_long",
-    "refused",
-]
-_LONGEST_QUOTE = 200
-
-
-@dataclass(frozen=True)
-class RowError:
-    """Why a row has no answer."""
-
-    type: ErrorType
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -46,15 +28,10 @@ class Row:
     columns: Mapping[str, Any]
     """The row as it was written; empty when the line is not a JSON object."""
 
-    messages: list[dict[str, Any]]
-    max_tokens: int
-    temperature: float
+    ask: Ask
+    """What the row wants; nothing where there is an error."""
+
     error: RowError | None = None
-
-
-class _Invalid(Exception):
-    def __init__(self, kind: ErrorType, detail: str) -> None:
-        self.error = RowError(kind, detail)
 
 
 def read_rows(section: Batch) -> Iterator[Row]:
@@ -84,29 +61,32 @@ def read_rows(section: Batch) -> Iterator[Row]:
 
 
 def _row(index: int, line: int, raw: bytes, section: Batch) -> Row:
-    row = Row(index, line, f"line-{line}", {}, [], section.max_tokens, section.temperature)
+    row = Row(index, line, f"line-{line}", {}, Ask())
     try:
         row = replace(row, columns=_object(raw))
         row = replace(row, id=_id(row))
-        return replace(
-            row,
-            messages=_messages(row.columns),
-            max_tokens=_max_tokens(row.columns.get("max_tokens"), section),
-            temperature=_temperature(row.columns.get("temperature"), section),
-        )
-    except _Invalid as invalid:
+        return replace(row, ask=_ask(row.columns, section))
+    except Invalid as invalid:
         return replace(row, error=invalid.error)
+
+
+def _ask(columns: Mapping[str, Any], section: Batch) -> Ask:
+    sampling = {
+        "max_tokens": _max_tokens(columns.get("max_tokens"), section),
+        "temperature": _temperature(columns.get("temperature"), section),
+    }
+    return Ask(messages=_messages(columns), sampling=sampling)
 
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise _Invalid("malformed_line", f"not UTF-8 at byte {error.start}") from error
+        raise Invalid("malformed_line", f"not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise _Invalid("malformed_line", f"not JSON: {error or 'nested too deeply'}") from error
+        raise Invalid("malformed_line", f"not JSON: {error or 'nested too deeply'}") from error
     if not isinstance(value, dict):
-        raise _Invalid("malformed_line", f"not a JSON object but {_quote(value)}")
+        raise Invalid("malformed_line", f"not a JSON object but {quote(value)}")
     return value
 
 
@@ -119,7 +99,7 @@ def _id(row: Row) -> str | int:
     if value is None:
         return row.id
     if value == "" or isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _Invalid("invalid_id", f"id must be a text or a whole number, not {_quote(value)}")
+        raise Invalid("invalid_id", f"id must be a text or a whole number, not {quote(value)}")
     return value
 
 
@@ -127,20 +107,20 @@ def _messages(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conversation to answer; a plain prompt is its one user turn."""
     prompt, messages = columns.get("prompt"), columns.get("messages")
     if prompt is not None and messages is not None:
-        raise _Invalid("invalid_messages", "it has both prompt and messages; give one of them")
+        raise Invalid("invalid_messages", "it has both prompt and messages; give one of them")
     if messages is None:
         if prompt is None:
-            raise _Invalid("missing_prompt", "it has neither prompt nor messages")
+            raise Invalid("missing_prompt", "it has neither prompt nor messages")
         if not isinstance(prompt, str) or not prompt:
-            raise _Invalid("missing_prompt", f"prompt must be a text, not {_quote(prompt)}")
+            raise Invalid("missing_prompt", f"prompt must be a text, not {quote(prompt)}")
         return [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not messages:
-        raise _Invalid("invalid_messages", "messages must be a list with at least one message")
+        raise Invalid("invalid_messages", "messages must be a list with at least one message")
     for at, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Invalid("invalid_messages", f"messages[{at}] has no role")
+            raise Invalid("invalid_messages", f"messages[{at}] has no role")
         if not _is_content(message):
-            raise _Invalid("invalid_messages", f"messages[{at}] has no text as its content")
+            raise Invalid("invalid_messages", f"messages[{at}] has no text as its content")
     return messages
 
 
@@ -159,8 +139,8 @@ def _max_tokens(value: Any, section: Batch) -> int:
     if value is None:
         return section.max_tokens
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _Invalid(
-            "invalid_parameter", f"max_tokens must be a whole number above 0, not {_quote(value)}"
+        raise Invalid(
+            "invalid_parameter", f"max_tokens must be a whole number above 0, not {quote(value)}"
         )
     return value
 
@@ -169,12 +149,7 @@ def _temperature(value: Any, section: Batch) -> float:
     if value is None:
         return section.temperature
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise _Invalid(
-            "invalid_parameter", f"temperature must be a number from 0 up, not {_quote(value)}"
+        raise Invalid(
+            "invalid_parameter", f"temperature must be a number from 0 up, not {quote(value)}"
         )
     return float(value)
-
-
-def _quote(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"

@@ -33,12 +33,12 @@ def test_prompt_and_messages_are_read_with_their_parameters(tmp_path: Path) -> N
         {"id": 7, "messages": messages, "max_tokens": 3, "temperature": 1},
     )
     assert plain.error is None and chat.error is None
-    assert plain.messages == [{"role": "user", "content": "Hi"}]
+    assert plain.ask.messages == [{"role": "user", "content": "Hi"}]
     assert (plain.id, plain.line, plain.index) == ("line-1", 1, 0)
-    assert (plain.max_tokens, plain.temperature) == (9, 0.0)
+    assert plain.ask.sampling == {"max_tokens": 9, "temperature": 0.0}
     assert (chat.id, chat.line, chat.index) == (7, 3, 1)
-    assert chat.messages == messages
-    assert (chat.max_tokens, chat.temperature) == (3, 1.0)
+    assert chat.ask.messages == messages
+    assert chat.ask.sampling == {"max_tokens": 3, "temperature": 1.0}
     assert plain.columns == {"prompt": "Hi", "topic": "x"}
 
 
@@ -121,4 +121,4 @@ def test_any_bytes_give_one_row_for_each_line(tmp_path: Path, lines: list[bytes]
     assert [row.index for row in rows] == list(range(len(rows)))
     good = [str(row.id) for row in rows if row.error is None]
     assert len(good) == len(set(good))
-    assert all(row.messages for row in rows if row.error is None)
+    assert all(row.ask.messages for row in rows if row.error is None)

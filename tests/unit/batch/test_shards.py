@@ -10,14 +10,22 @@ from typing import Any
 import pytest
 
 from tunesmith.batch.output import check_output, publish, write_output
+from tunesmith.batch.results import result_of
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
+from tunesmith.engine import Answer, Output
 
 
 def result(text: str) -> dict[str, Any]:
-    return {"text": text, "finish_reason": "stop", "prompt_tokens": 3, "output_tokens": 2}
+    made = Output(text=text, finish_reason="stop", output_tokens=2)
+    return result_of(Answer(prompt_tokens=3, cached_tokens=1, outputs=[made]))
+
+
+def text_of(result: dict[str, Any]) -> str:
+    text: str = result["outputs"][0]["text"]
+    return text
 
 
 def test_a_reopened_folder_has_what_was_committed_and_nothing_else(tmp_path: Path) -> None:
@@ -29,11 +37,11 @@ def test_a_reopened_folder_has_what_was_committed_and_nothing_else(tmp_path: Pat
     again = Shards(tmp_path, 200)
     assert again.count == 150 and again.seconds == pytest.approx(25)
     assert 149 in again and 150 not in again and 160 not in again
-    assert [again[row]["text"] for row in range(150)] == [f"é{row}\ud800" for row in range(150)]
+    assert [text_of(again[row]) for row in range(150)] == [f"é{row}\ud800" for row in range(150)]
     assert not list(tmp_path.glob("*.tmp"))
     again.commit([(199, result("last"))], 0.5)
     again.close()
-    assert Shards(tmp_path, 200)[199]["text"] == "last"
+    assert text_of(Shards(tmp_path, 200)[199]) == "last"
 
 
 def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
@@ -51,7 +59,7 @@ def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
             shards.commit([(1, result("lost"))], 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["00000000.jsonl"]
     shards.commit([(1, result("again"))], 1.0)
-    assert shards[0]["text"] == "kept" and shards[1]["text"] == "again"
+    assert text_of(shards[0]) == "kept" and text_of(shards[1]) == "again"
 
 
 @pytest.fixture
@@ -79,6 +87,7 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
         "answer": "one",
         "finish_reason": "stop",
         "prompt_tokens": 3,
+        "cached_tokens": 1,
         "output_tokens": 2,
         "error": None,
         "prompt": "1",
