@@ -1,0 +1,339 @@
+"""Engines on a Ray cluster that answer a stream of requests, as `EnginePool` does on one machine.
+
+Ray Data places the engines, feeds them and starts them again elsewhere; rows, shards and errors
+stay with this process. Packs of requests go from here into a queue on this node, from there through
+a source that Ray Data reads as it has room, to actors that each keep one engine full, and back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from tunesmith.batch.replica import PACK, Answers, Replica, folder_prints
+from tunesmith.config import ModelError, TunesmithError, UserError
+from tunesmith.config.errors import require
+from tunesmith.engine import Answer, EngineSpec, Request
+
+# Fewer rows in a message cost the driver more than the rows; with more of them, those that are done
+# wait for the longest of the message.
+_PACK_ROWS = 8
+_CHECK_INTERVAL_S = 1.0
+_END_TIMEOUT_S = 5.0
+_MOST_RESTARTS = 20  # of one actor, on a cluster that loses nodes all the time
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What Ray reserves for each engine."""
+
+    replicas: int
+    num_cpus: float
+    num_gpus: float
+
+
+def share_of(nodes: list[dict[str, float]], replicas: int | None, gpus_each: int) -> Share:
+    """Engines for the resources of the living nodes: GPUs where there are any, else one engine on
+    the CPUs of each node. Raises UserError when there is no room for that many."""
+    if any(node.get("GPU", 0) for node in nodes):
+        most = sum(int(node.get("GPU", 0)) // gpus_each for node in nodes)
+        share = Share(replicas or most, 0, gpus_each)
+        what = f"{gpus_each} GPUs"
+    else:
+        cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+        replicas = replicas or len(cores)
+        per_node = max(1, -(-replicas // max(1, len(cores))))
+        num_cpus = max(1, min(cores, default=0) // per_node)
+        most = sum(count // num_cpus for count in cores)
+        share, what = Share(replicas, num_cpus, 0), f"{num_cpus} CPUs"
+    if not 0 < share.replicas <= most:
+        raise UserError(
+            f"batch.replicas: the cluster has room for {most} engines of {what} each, not for "
+            f"{max(1, share.replicas)}; ask for fewer, or add nodes"
+        )
+    return share
+
+
+class RayPool:
+    """Copies of one engine on the nodes of a Ray cluster.
+
+    A node that is lost takes nothing with it: what was in flight anywhere is handed out again, the
+    first answer to a row counts, and Ray starts the engine again where there is room.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, *, replicas: int | None, address: str | None, window: int
+    ) -> None:
+        self._spec, self._replicas, self._address = spec, replicas, address
+        self._window = window
+        self._open: dict[int, Request] = {}
+        self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
+        self._seen: dict[str, Answers] = {}
+        self._is_up = threading.Event()
+        self._failure: TunesmithError | None = None
+        self._max_model_len = 0
+        self._resent = self._lost_nodes = 0
+        self.is_stopping = False
+        self._is_closing = False
+        self.load_s = 0.0
+
+    def __enter__(self) -> RayPool:
+        ray = _connect(self._address)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = self._spec.settings.tensor_parallel_size
+        self.share = share_of(nodes, self._replicas, gpus)
+        self._nodes, self._checked_s = _living(ray), time.monotonic()
+        here = ray.get_runtime_context().get_node_id()
+        self._queue = ray.util.queue.Queue(
+            actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": here}}
+        )
+        dataset = _dataset(self._queue, here, self.share, self._spec, self._window)
+        self._thread = threading.Thread(target=self._receive, args=(dataset,), daemon=True)
+        self._thread.start()
+        self._put([])  # its answer tells how long a prompt may be
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        import ray
+
+        self._is_closing = True
+        self._put([])  # wakes the receiving thread
+        self._thread.join(_END_TIMEOUT_S)
+        ray.shutdown()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer; waits for the first engine, and raises what ended it."""
+        self._is_up.wait()
+        if self._failure:
+            raise self._failure
+        return self._max_model_len
+
+    @property
+    def open(self) -> int:
+        """Requests that are on the cluster."""
+        return len(self._open)
+
+    @property
+    def restarts(self) -> int:
+        """Engines that were started again, by themselves or after their node was lost."""
+        return sum(answers.restarts for answers in self._seen.values()) + self._lost_nodes
+
+    @property
+    def retried(self) -> int:
+        """Requests that were given to an engine again, each time that they were."""
+        return sum(answers.retried for answers in self._seen.values()) + self._resent
+
+    def stop(self) -> None:
+        """Hand out nothing more: `stream` ends with the answers to what is in flight.
+
+        May be called from a signal handler.
+        """
+        self.is_stopping = True
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer | Exception]]:
+        """Answers as they are done, each with its request.
+
+        At most `window` requests for each engine are on the cluster, and `requests` is read no
+        further. Raises ModelError when vLLM refuses the model or a node does not have it,
+        TunesmithError when engines keep dying or Ray gives up.
+        """
+        _ = self.max_model_len  # no row is on its way before an engine is up
+        most = self._window * self.share.replicas
+        waiting, is_exhausted = iter(requests), False
+        while True:
+            while not (is_exhausted or self.is_stopping) and len(self._open) + _PACK_ROWS <= most:
+                pack = list(islice(waiting, _PACK_ROWS))
+                is_exhausted = len(pack) < _PACK_ROWS
+                self._open |= {request.key: request for request in pack}
+                if pack:
+                    self._put(pack)
+            if not self._open and (is_exhausted or self.is_stopping):
+                return
+            yield from self._next()
+
+    def _next(self) -> Iterator[tuple[Request, Answer | Exception]]:
+        """Wait for the answers to one pack, and look after the nodes now and then."""
+        if time.monotonic() - self._checked_s >= _CHECK_INTERVAL_S:
+            self._resend_lost()
+        try:
+            answers = self._inbox.get(timeout=_CHECK_INTERVAL_S)
+        except Empty:
+            return
+        if isinstance(answers, TunesmithError):
+            raise answers
+        self._seen[answers.replica] = answers
+        for key, made in answers.made:
+            if request := self._open.pop(key, None):
+                yield request, made
+
+    def _resend_lost(self) -> None:
+        """Hand all open requests out again when a node is gone: which of them it had is not known,
+        and an engine that has one of them already does not take it twice."""
+        import ray
+
+        living = _living(ray)
+        lost, self._nodes = len(self._nodes - living), living
+        self._checked_s = time.monotonic()
+        if lost:
+            self._lost_nodes += lost
+            again = iter(list(self._open.values()))
+            while pack := list(islice(again, _PACK_ROWS)):
+                self._resent += len(pack)
+                self._put(pack)
+
+    def _put(self, pack: list[Request]) -> None:
+        self._queue.put(pickle.dumps(pack))
+
+    def _receive(self, dataset: Any) -> None:
+        """Whatever comes from the cluster, in a thread, for Ray's waiting takes no signals."""
+        try:
+            for batch in dataset.iter_batches(
+                batch_size=None, prefetch_batches=0, batch_format="pyarrow"
+            ):
+                if self._is_closing:
+                    return
+                for pickled in batch[PACK]:
+                    self._take(pickle.loads(pickled.as_py()))
+        except Exception as error:
+            self._fail(
+                TunesmithError(
+                    f"Ray ended the batch: {_cause(error)}; what was finished is kept: see to the "
+                    "cluster and run the same command again"
+                )
+            )
+
+    def _take(self, answers: Answers) -> None:
+        if answers.failure:
+            kind = ModelError if answers.is_refusal else TunesmithError
+            return self._fail(kind(answers.failure))
+        self._max_model_len = answers.max_model_len
+        self.load_s = self.load_s or answers.load_s
+        self._is_up.set()
+        self._inbox.put(answers)
+
+    def _fail(self, error: TunesmithError) -> None:
+        self._failure = self._failure or error
+        self._inbox.put(error)
+        self._is_up.set()
+
+
+def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int) -> Any:
+    """Packs from the queue, through engines, to packs of answers."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Packs are few rows that shall not wait for more of them: each is a block of its own.
+    context.target_max_block_size = 1
+    calls = -(-window // _PACK_ROWS)
+    source = ray.data.read_datasource(
+        _source(queue),
+        override_num_blocks=1,
+        num_cpus=0,
+        # Here it cannot be lost without the batch, and so is never read twice.
+        label_selector={"ray.io/node-id": here},
+    )
+    return source.map_batches(
+        Replica,
+        fn_constructor_args=(spec, folder_prints(spec), window),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(
+            size=share.replicas,
+            max_tasks_in_flight_per_actor=calls,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=share.num_cpus,
+        num_gpus=share.num_gpus,
+        max_restarts=_MOST_RESTARTS,
+    )
+
+
+def _source(queue: Any) -> Any:
+    """The queue as something that Ray Data reads."""
+    import pyarrow
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    def read() -> Iterator[Any]:
+        while True:
+            yield pyarrow.table({PACK: [queue.get()]})
+
+    class Packs(Datasource):
+        """One endless read."""
+
+        def estimate_inmemory_data_size(self) -> None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
+            unknown = BlockMetadata(
+                num_rows=None, size_bytes=None, input_files=None, exec_stats=None
+            )
+            return [ReadTask(read, unknown)]
+
+    return Packs()
+
+
+def _connect(address: str | None) -> Any:
+    """Ray, as a driver on one of the cluster's nodes."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+    ray = require("ray", "ray")
+    require("ray.data", "ray")
+    require("ray.util.queue", "ray")
+    wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if wanted.startswith("ray://"):
+        raise UserError(
+            f"batch.cluster_address: {wanted} is Ray's client, through which Ray Data does not "
+            "run; start the command on a node of the cluster (or with `ray job submit`) and leave "
+            "the address out"
+        )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(wanted, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"batch.cluster: no Ray cluster at {wanted}: {error}; start one with `ray start "
+            "--head`, or name its address in batch.cluster_address"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray
+
+
+def _living(ray: Any) -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost reason that Ray gives."""
+    while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'}"
