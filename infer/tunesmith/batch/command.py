@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.batch.generate import generate
+from tunesmith.batch.generate import Job, generate
 from tunesmith.batch.output import check_output, publish, write_output
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
-from tunesmith.engine import engine_spec
+from tunesmith.engine import engine_spec, find_places
 from tunesmith.ledger import Artifact, gpu_names, hash_file
 from tunesmith.pipeline import Stages
 from tunesmith.terminal import log, make_table
@@ -84,12 +84,14 @@ def _make(stages: Stages, section: Batch) -> Artifact:
         valid += row.error is None
     if not total:
         raise DataError(f"batch.input: {section.input} has no rows")
-    usd_per_s = _usd_per_s(stages)
+    devices = stages.recipe.engine.tensor_parallel_size
+    places = find_places(section.replicas, devices)
+    usd_per_s = _usd_per_s(stages, len(places) * devices)
     with stages.store.write(draft, stages.recipe) as work:
-        shards = Shards(work.scratch / "shards", total)
+        shards = Shards(work.scratch / "shards", total, {"id": draft.id})
         load_s = 0.0
         if shards.count < valid:
-            load_s = generate(section, spec, shards, valid, usd_per_s)
+            load_s = generate(Job(section, spec, places, valid, usd_per_s), shards)
         totals = write_output(section, shards, work.out)
         if stages.store.digest(section.input) != draft.inputs["input"]:
             raise DataError(
@@ -114,8 +116,7 @@ def _make(stages: Stages, section: Batch) -> Artifact:
     return stages.made(draft)
 
 
-def _usd_per_s(stages: Stages) -> float | None:
-    """Price of the devices that the engine holds."""
+def _usd_per_s(stages: Stages, devices: int) -> float | None:
+    """Price of the devices that the engines hold."""
     price = stages.recipe.price
-    devices = stages.recipe.engine.tensor_parallel_size if gpu_names() else 1
-    return None if price is None else price.gpu_hour_usd / 3600 * devices
+    return None if price is None else price.gpu_hour_usd / 3600 * (devices if gpu_names() else 1)
