@@ -47,6 +47,11 @@ class Share:
     num_cpus: float
     num_gpus: float
 
+    @property
+    def devices(self) -> int:
+        """What is paid for: GPUs, or machines where there is none."""
+        return self.replicas * max(1, int(self.num_gpus))
+
 
 def share_of(nodes: list[dict[str, float]], replicas: int | None, gpus_each: int) -> Share:
     """Engines for the resources of the living nodes: GPUs where there are any, else one engine on
@@ -77,11 +82,8 @@ class RayPool:
     first answer to a row counts, and Ray starts the engine again where there is room.
     """
 
-    def __init__(
-        self, spec: EngineSpec, *, replicas: int | None, address: str | None, window: int
-    ) -> None:
-        self._spec, self._replicas, self._address = spec, replicas, address
-        self._window = window
+    def __init__(self, spec: EngineSpec, share: Share, *, window: int) -> None:
+        self._spec, self._share, self._window = spec, share, window
         self._open: dict[int, Request] = {}
         self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
         self._seen: dict[str, Answers] = {}
@@ -94,16 +96,15 @@ class RayPool:
         self.load_s = 0.0
 
     def __enter__(self) -> RayPool:
-        ray = _connect(self._address)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = self._spec.settings.tensor_parallel_size
-        self.share = share_of(nodes, self._replicas, gpus)
+        import ray
+        import ray.util.queue
+
         self._nodes, self._checked_s = _living(ray), time.monotonic()
         here = ray.get_runtime_context().get_node_id()
         self._queue = ray.util.queue.Queue(
             actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": here}}
         )
-        dataset = _dataset(self._queue, here, self.share, self._spec, self._window)
+        dataset = _dataset(self._queue, here, self._share, self._spec, self._window)
         self._thread = threading.Thread(target=self._receive, args=(dataset,), daemon=True)
         self._thread.start()
         self._put([])  # its answer tells how long a prompt may be
@@ -160,7 +161,7 @@ class RayPool:
         TunesmithError when engines keep dying or Ray gives up.
         """
         _ = self.max_model_len  # no row is on its way before an engine is up
-        most = self._window * self.share.replicas
+        most = self._window * self._share.replicas
         waiting, is_exhausted = iter(requests), False
         while True:
             while not (is_exhausted or self.is_stopping) and len(self._open) + _PACK_ROWS <= most:
@@ -299,12 +300,14 @@ def _source(queue: Any) -> Any:
     return Packs()
 
 
-def _connect(address: str | None) -> Any:
-    """Ray, as a driver on one of the cluster's nodes."""
+def connect(address: str | None, replicas: int | None, gpus_each: int) -> Share:
+    """Join the cluster as a driver on one of its nodes, and see what it has room for.
+
+    Raises UserError when it is not there or too small.
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
     ray = require("ray", "ray")
     require("ray.data", "ray")
-    require("ray.util.queue", "ray")
     wanted = address or os.environ.get("RAY_ADDRESS") or "auto"
     if wanted.startswith("ray://"):
         raise UserError(
@@ -324,7 +327,8 @@ def _connect(address: str | None) -> Any:
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return ray
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return share_of(nodes, replicas, gpus_each)
 
 
 def _living(ray: Any) -> set[str]:

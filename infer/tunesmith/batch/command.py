@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.batch.cluster import Share, connect
 from tunesmith.batch.generate import Job, generate
 from tunesmith.batch.output import check_output, publish, write_output
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
-from tunesmith.engine import engine_spec, find_places
+from tunesmith.engine import Place, engine_spec, find_places
 from tunesmith.ledger import Artifact, gpu_names, hash_file
 from tunesmith.pipeline import Stages
 from tunesmith.terminal import log, make_table
@@ -85,8 +86,14 @@ def _make(stages: Stages, section: Batch) -> Artifact:
     if not total:
         raise DataError(f"batch.input: {section.input} has no rows")
     devices = stages.recipe.engine.tensor_parallel_size
-    places = find_places(section.replicas, devices)
-    usd_per_s = _usd_per_s(stages, len(places) * devices)
+    places: list[Place] | Share
+    if section.cluster == "ray":
+        places = connect(section.cluster_address, section.replicas, devices)
+        devices = places.devices
+    else:
+        places = find_places(section.replicas, devices)
+        devices = len(places) * devices if gpu_names() else 1
+    usd_per_s = _usd_per_s(stages, devices)
     with stages.store.write(draft, stages.recipe) as work:
         shards = Shards(work.scratch / "shards", total, {"id": draft.id})
         load_s = 0.0
@@ -119,4 +126,4 @@ def _make(stages: Stages, section: Batch) -> Artifact:
 def _usd_per_s(stages: Stages, devices: int) -> float | None:
     """Price of the devices that the engines hold."""
     price = stages.recipe.price
-    return None if price is None else price.gpu_hour_usd / 3600 * (devices if gpu_names() else 1)
+    return None if price is None else price.gpu_hour_usd / 3600 * devices

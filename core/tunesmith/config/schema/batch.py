@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,5 +37,12 @@ class Batch(Section):
     output stays in input order."""
 
     replicas: Positive | None = None
-    """Engines side by side on this machine, each with `engine.tensor_parallel_size` GPUs; as many
-    as the GPUs have room for when null, one on a CPU."""
+    """Engines side by side, each with `engine.tensor_parallel_size` GPUs; as many as the GPUs have
+    room for when null, one on a CPU (on a cluster, one on each node)."""
+
+    cluster: Literal["ray"] | None = None
+    """Run the engines on all nodes of a Ray cluster; on this machine when null."""
+
+    cluster_address: str | None = None
+    """`HOST:PORT` of the cluster; `RAY_ADDRESS`, else the cluster that this machine is a node of,
+    when null."""
