@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -30,12 +30,9 @@ from tunesmith.engine import Answer, EngineSpec, Request
 _PACK_ROWS = 8
 _CHECK_INTERVAL_S = 1.0
 _END_TIMEOUT_S = 5.0
-_MOST_RESTARTS = 20  # of one actor, on a cluster that loses nodes all the time
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # of this process alone
 }
 
 
@@ -83,7 +80,7 @@ class RayPool:
     """
 
     def __init__(self, spec: EngineSpec, share: Share, *, window: int) -> None:
-        self._spec, self._share, self._window = spec, share, window
+        self._spec, self._share, self._window = _absolute(spec), share, window
         self._open: dict[int, Request] = {}
         self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
         self._seen: dict[str, Answers] = {}
@@ -260,9 +257,8 @@ def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int)
     return source.map_batches(
         Replica,
         fn_constructor_args=(spec, folder_prints(spec), window),
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
-        zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(
             size=share.replicas,
             max_tasks_in_flight_per_actor=calls,
@@ -271,7 +267,6 @@ def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int)
         ),
         num_cpus=share.num_cpus,
         num_gpus=share.num_gpus,
-        max_restarts=_MOST_RESTARTS,
     )
 
 
@@ -329,6 +324,16 @@ def connect(address: str | None, replicas: int | None, gpus_each: int) -> Share:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return share_of(nodes, replicas, gpus_each)
+
+
+def _absolute(spec: EngineSpec) -> EngineSpec:
+    """Other nodes have other working directories."""
+    return replace(
+        spec,
+        model=spec.model.absolute(),
+        adapter=spec.adapter and spec.adapter.absolute(),
+        adapters={name: path and path.absolute() for name, path in spec.adapters.items()},
+    )
 
 
 def _living(ray: Any) -> set[str]:
