@@ -18,6 +18,7 @@ from typing import Any
 
 from tunesmith.config import TunesmithError, WorkInterrupted, load_recipe
 from tunesmith.ledger import Draft
+from tunesmith.pipeline.files import is_uri
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
 
@@ -56,7 +57,7 @@ def steps(stages: Stages) -> list[Step]:
         made = [stages.evaluation(name) for name in stages.evaluated]
         found.append(Step("eval", ("eval",), tuple(made)))
     if recipe.batch:
-        found.append(Step("batch", ("batch",), (stages.batch(),), (recipe.batch.output,)))
+        found.append(Step("batch", ("batch",), (stages.batch(),), _local(recipe.batch.output)))
     if recipe.bench:
         found.append(
             Step("bench", ("bench", "all"), (stages.bench("batch"), stages.bench("serve")))
@@ -64,10 +65,14 @@ def steps(stages: Stages) -> list[Step]:
     return found
 
 
+def _local(output: str) -> tuple[Path, ...]:
+    return () if is_uri(output) else (Path(output),)
+
+
 def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -> dict[str, Any]:
     """Do all steps and write the report; returns ids, seconds and the summary.
 
-    `discard` drops an interrupted training that the recipe differs from. Raises the error of the
+    `discard` drops interrupted work that the recipe differs from. Raises the error of the
     first step that fails, with that step's exit code.
     """
     started_s = time.monotonic()
@@ -82,7 +87,7 @@ def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -
             continue
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
-        flags = ("--discard",) if discard and step.name == "train" else ()
+        flags = ("--discard",) if discard and step.name in ("train", "batch") else ()
         _spawn(step, path, (*overrides, *flags))
         timings[step.name] = time.monotonic() - before_s
         log(f"{step.name}: done in {timings[step.name]:.1f} s")

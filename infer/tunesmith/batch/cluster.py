@@ -44,6 +44,9 @@ class Share:
     num_cpus: float
     num_gpus: float
 
+    def __len__(self) -> int:
+        return self.replicas
+
     @property
     def devices(self) -> int:
         """What is paid for: GPUs, or machines where there is none."""

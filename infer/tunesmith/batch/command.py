@@ -5,37 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.batch.cluster import Share, connect
+from tunesmith.batch.drift import SHARDS, check_drift, note_output
 from tunesmith.batch.generate import Job, generate
-from tunesmith.batch.output import check_output, publish, write_output
+from tunesmith.batch.models import batch_origin, batch_spec
+from tunesmith.batch.output import ERRORS, OUTPUT, write_output
+from tunesmith.batch.publish import check_output, publish
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
-from tunesmith.engine import Place, engine_spec, find_places
-from tunesmith.ledger import Artifact, gpu_names, hash_file
+from tunesmith.engine import Place, find_places
+from tunesmith.ledger import Artifact, gpu_names
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.batch import digest_batch
 from tunesmith.terminal import log, make_table
 
-_OUTPUT = "output.jsonl"
-_ERRORS = "errors.jsonl"
 
-
-def run(stages: Stages) -> dict[str, Any]:
+def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     """Answer what has no answer yet and write the output file.
 
-    Raises GateError, with everything written, when more rows failed than
-    `batch.max_error_rate` allows.
+    Raises UserError when a batch that was interrupted would be left behind, unless `discard`, and
+    GateError, with everything written, when more rows failed than `batch.max_error_rate` allows.
     """
     section = stages.recipe.batch
     if section is None:
         raise UserError(f"{stages.path}: this needs a batch section")
     draft = stages.batch()
     check_output(section)
+    check_drift(stages, section, discard=discard)
     found = stages.store.find(draft.id)
     artifact = found or _make(stages, section)
-    entry = artifact.manifest.files[_OUTPUT]
-    if not section.output.exists() or hash_file(section.output) != entry.sha256:
-        publish(artifact.root / _OUTPUT, section.output)
+    entry = artifact.manifest.files[OUTPUT]
+    if publish(artifact.root / OUTPUT, entry.sha256, section):
         log(f"batch: wrote {section.output}")
     metrics = artifact.manifest.metrics
     failed = sum(metrics["errors"].values())
@@ -44,13 +45,13 @@ def run(stages: Stages) -> dict[str, Any]:
         raise GateError(
             f"{failed} of {metrics['rows']} rows have no answer ({kinds}), more than "
             f"batch.max_error_rate {section.max_error_rate:g} allows; the other answers are in "
-            f"{section.output}, the reasons in {artifact.root / _ERRORS}"
+            f"{section.output}, the reasons in {artifact.root / ERRORS}"
         )
     return {
         "id": artifact.id,
         "reused": found is not None,
-        "output": str(section.output),
-        "errors_file": str(artifact.root / _ERRORS),
+        "output": section.output,
+        "errors_file": str(artifact.root / ERRORS),
         **metrics,
     }
 
@@ -65,8 +66,12 @@ def show(result: dict[str, Any]) -> Any:
         *((f"error: {kind}", f"{count:,}") for kind, count in result["errors"].items()),
         ("prompt tokens", f"{result['prompt_tokens']:,}"),
         ("output tokens", f"{result['output_tokens']:,}"),
+        ("rows equal to earlier ones", f"{result['deduplicated_rows']:,}"),
+        ("rows done again after a stop", f"{result['rework_rows']:,}"),
+        ("engines started again", f"{result['restarts']:,}"),
         ("seconds of generation", f"{result['generation_s']:,.1f}"),
         ("output tokens/s", "-" if speed is None else f"{speed:,.0f}"),
+        ("USD", "-" if result["usd"] is None else f"{result['usd']:,.4f}"),
         ("USD per million output tokens", "-" if price is None else f"{price:,.4f}"),
         ("output", result["output"]),
         ("artifact", result["id"] + (" (made already)" if result["reused"] else "")),
@@ -77,7 +82,7 @@ def show(result: dict[str, Any]) -> Any:
 def _make(stages: Stages, section: Batch) -> Artifact:
     """Read all rows once to check them, answer those that can be, and write the artifact."""
     draft = stages.batch()
-    spec = engine_spec(stages, section.model)
+    spec = batch_spec(stages, section)
     variant, _ = stages.variant(section.model)
     total = valid = 0
     for row in read_rows(section):
@@ -85,22 +90,16 @@ def _make(stages: Stages, section: Batch) -> Artifact:
         valid += row.error is None
     if not total:
         raise DataError(f"batch.input: {section.input} has no rows")
-    devices = stages.recipe.engine.tensor_parallel_size
-    places: list[Place] | Share
-    if section.cluster == "ray":
-        places = connect(section.cluster_address, section.replicas, devices)
-        devices = places.devices
-    else:
-        places = find_places(section.replicas, devices)
-        devices = len(places) * devices if gpu_names() else 1
+    places, devices = _places(stages, section)
     usd_per_s = _usd_per_s(stages, devices)
     with stages.store.write(draft, stages.recipe) as work:
-        shards = Shards(work.scratch / "shards", total, {"id": draft.id})
+        note_output(work.scratch, section)
+        shards = Shards(work.scratch / SHARDS, total, {"id": draft.id})
         load_s = 0.0
         if shards.count < valid:
             load_s = generate(Job(section, spec, places, valid, usd_per_s), shards)
-        totals = write_output(section, shards, work.out)
-        if stages.store.digest(section.input) != draft.inputs["input"]:
+        totals = write_output(section, shards, work.out, batch_origin(stages, section, usd_per_s))
+        if digest_batch(stages.store, section) != draft.inputs["input"]:
             raise DataError(
                 f"batch.input: {section.input} changed while it was read; leave it as it is and "
                 "run the same command again"
@@ -112,15 +111,31 @@ def _make(stages: Stages, section: Batch) -> Artifact:
             "answered": totals.rows - totals.errors.total(),
             "errors": dict(totals.errors.most_common()),
             "prompt_tokens": totals.prompt_tokens,
+            "cached_tokens": totals.cached_tokens,
             "output_tokens": tokens,
             "load_s": round(load_s, 3),
             "generation_s": round(seconds, 3),
+            "usd": None if usd_per_s is None else usd_per_s * seconds,
+            "replicas": len(places),
+            "restarts": shards.restarts,
+            "rework_rows": max(0, shards.handed - shards.computed),
+            "deduplicated_rows": shards.repeated,
             "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
             "usd_per_million_output_tokens": (
                 usd_per_s * seconds / tokens * 1e6 if usd_per_s is not None and tokens else None
             ),
         }
     return stages.made(draft)
+
+
+def _places(stages: Stages, section: Batch) -> tuple[list[Place] | Share, int]:
+    """Where the engines go, and how many devices are paid for meanwhile."""
+    each = stages.recipe.engine.tensor_parallel_size
+    if section.cluster == "ray":
+        share = connect(section.cluster_address, section.replicas, each)
+        return share, share.devices
+    places = find_places(section.replicas, each)
+    return places, len(places) * each if gpu_names() else 1
 
 
 def _usd_per_s(stages: Stages, devices: int) -> float | None:

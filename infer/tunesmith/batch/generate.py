@@ -56,7 +56,7 @@ def generate(job: Job, shards: Shards) -> float:
         _finish_on_signal(pool),
     ):
         bar.advance(shards.count)
-        for made in _results(job, shards, pool, writer):
+        for made in _results(job, shards, pool, writer, rate):
             bar.advance(1, rate.note(made.output_tokens if made else 0, writer.errors))
     if pool.is_stopping and shards.count < job.valid:
         raise WorkInterrupted(
@@ -74,7 +74,7 @@ def _pool(job: Job, log_folder: Path) -> EnginePool | RayPool:
 
 
 def _results(
-    job: Job, shards: Shards, pool: EnginePool | RayPool, writer: Writer
+    job: Job, shards: Shards, pool: EnginePool | RayPool, writer: Writer, rate: Rate
 ) -> Iterator[Answer | None]:
     """Hand each row's result to the writer; yields the answer, or None where there is none."""
     others = 0
@@ -92,6 +92,7 @@ def _results(
     def requests() -> Iterator[Request]:
         nonlocal others
         writer.start()
+        rate.start()
         for item in ahead(windows):
             match item:
                 case Wrong():

@@ -14,6 +14,10 @@ class Rate:
         self._started_s = time.monotonic()
         self._rows = self._tokens = 0
 
+    def start(self) -> None:
+        """From now on the engine is at rows."""
+        self._started_s = time.monotonic()
+
     def note(self, tokens: int, errors: int) -> str:
         """Count one more row and put all into words."""
         self._rows += 1

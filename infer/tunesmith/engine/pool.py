@@ -23,9 +23,9 @@ from tunesmith.config.errors import TunesmithError
 from tunesmith.engine.failures import death, start_failure
 from tunesmith.engine.group import end_group, start_group
 from tunesmith.engine.places import Place
+from tunesmith.engine.protocol import Ready, Setup
 from tunesmith.engine.requests import Answer, Request
 from tunesmith.engine.spec import EngineSpec
-from tunesmith.engine.worker import Ready, Setup
 
 # Deaths of one engine with no answer between them, after which another start is no use.
 _MOST_DEATHS = 5
@@ -306,10 +306,12 @@ def _receive(
     connection: Connection[Any, Any], inbox: SimpleQueue[Any], engine: _Engine, life: int
 ) -> None:
     """Whatever comes from an engine, until it is gone, which is None."""
-    with contextlib.suppress(EOFError, OSError, TypeError):
-        while True:
-            inbox.put((engine, life, connection.recv()))
-    inbox.put((engine, life, None))
+    try:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                inbox.put((engine, life, connection.recv()))
+    finally:  # a message that cannot be read is as good as a death, and its stack is on stderr
+        inbox.put((engine, life, None))
 
 
 def _groups(requests: list[Request], count: int) -> list[list[Request]]:

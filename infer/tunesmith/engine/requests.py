@@ -123,6 +123,8 @@ def _calls(request: Request) -> list[tuple[list[int], Any]]:
             sampling["prompt_logprobs"] = 0
     if structured := sampling.pop("structured_outputs", None):
         sampling["structured_outputs"] = StructuredOutputsParams(**structured)
+    if bias := sampling.pop("logit_bias", None):
+        sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
     final = RequestOutputKind.FINAL_ONLY
     return [(ids, SamplingParams(**sampling, output_kind=final)) for ids in prompts]
 
@@ -149,6 +151,8 @@ def answer(request: Request, results: Sequence[Any]) -> Answer:
     return Answer(prompt_tokens, cached_tokens, outputs)
 
 
+# JSON has no -inf; vLLM's own server gives this number.
+_LEAST_LOGPROB = -9999.0
 # The most that `logprob_token_ids` takes (`vllm.sampling_params.MAX_LOGPROB_TOKEN_IDS`).
 _MOST_LABELS = 128
 
@@ -165,11 +169,11 @@ def _single_tokens(request: Request) -> list[int]:
 def _scores(request: Request, results: Sequence[Any]) -> list[list[float]]:
     if labels := _single_tokens(request):
         step = results[0].outputs[0].logprobs[0]
-        return [[float(step[label].logprob)] for label in labels]
+        return [[max(float(step[label].logprob), _LEAST_LOGPROB)] for label in labels]
     start = len(request.prompt_ids)
     return [
         [
-            float(position[token].logprob)
+            max(float(position[token].logprob), _LEAST_LOGPROB)
             for token, position in zip(part, result.prompt_logprobs[start:], strict=True)
         ]
         for part, result in zip(request.parts, results, strict=True)
@@ -181,8 +185,10 @@ def _logprobs(token_ids: Sequence[int], steps: Sequence[Mapping[int, Any]]) -> l
     found = []
     for token_id, step in zip(token_ids, steps, strict=True):
         ranked = sorted(step.values(), key=lambda one: one.rank or 0)
-        top = [{"token": one.decoded_token or "", "logprob": one.logprob} for one in ranked]
-        chosen = step[token_id]
-        token = chosen.decoded_token or ""
-        found.append({"token": token, "logprob": chosen.logprob, "top": top})
+        top = [_likelihood(one) for one in ranked]
+        found.append({**_likelihood(step[token_id]), "top": top})
     return found
+
+
+def _likelihood(one: Any) -> dict[str, Any]:
+    return {"token": one.decoded_token or "", "logprob": max(one.logprob, _LEAST_LOGPROB)}

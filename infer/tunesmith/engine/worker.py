@@ -12,14 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tunesmith.config.errors import TunesmithError
 from tunesmith.engine.offline import open_llm
+from tunesmith.engine.protocol import Ready, Refused, Setup
 from tunesmith.engine.requests import Answer, Request
-from tunesmith.engine.spec import EngineSpec
 from tunesmith.engine.stream import stream
 
 # A message for each answer would cost both sides more than the answers.
@@ -27,27 +26,6 @@ _MESSAGE_ANSWERS = 32
 _MESSAGE_INTERVAL_S = 0.05
 
 Answers = Iterator[tuple[int, Answer | Exception]]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a worker is told before it loads anything."""
-
-    spec: EngineSpec
-    cores: tuple[int, ...] = ()
-    """Processor cores to stay on; all that it inherits when empty."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The model is loaded."""
-
-    max_model_len: int
-    load_s: float
-
-
-class Refused(Exception):
-    """The engine does not take a request; the message is vLLM's."""
 
 
 def main(handle: int) -> None:

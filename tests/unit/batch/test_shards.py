@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tunesmith.batch.output import check_output, publish, write_output
+from tunesmith.batch.answers import Origin
+from tunesmith.batch.output import write_output
 from tunesmith.batch.results import result_of
 from tunesmith.batch.rows import read_rows
-from tunesmith.batch.shards import Shards
+from tunesmith.batch.shards import Shards, count_finished
 from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import Answer, Output
@@ -55,11 +56,39 @@ def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space.*00000001.jsonl"):
             shards.commit([(1, result("lost"))], 1.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000000.jsonl"]
+    assert [path.name for path in tmp_path.glob("*.*")] == ["00000000.jsonl"]
     shards.commit([(1, result("again"))], 1.0)
     assert text_of(shards[0]) == "kept" and text_of(shards[1]) == "again"
+
+
+def test_an_equal_row_has_the_result_of_the_first_one(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, 9)
+    digest = "a" * 32
+    shards.commit([(5, {"same_as": 2, "device_s": 0.0})], 1.0)
+    shards.commit([(2, {"digest": digest, **result('{"digest": "x"}'), "device_s": 4.0})], 1.0, 2)
+    shards.commit([(3, {"error": {"type": "prompt_too_long", "detail": ""}})], 1.0)
+    for opened in (shards, Shards(tmp_path, 9)):
+        assert opened[5] == opened[2] | {"same_as": 2, "device_s": 0.0}
+        assert list(opened.digests()) == [(2, digest)] and "digest" not in opened[2]
+        counts = opened.count, opened.repeated, opened.computed, opened.restarts
+        assert counts == (3, 1, 1, 2)
+    assert count_finished(tmp_path) == 3
+
+
+def test_what_was_handed_out_is_known_after_a_kill(tmp_path: Path) -> None:
+    for handed in (30, 12, 0):
+        shards = Shards(tmp_path, 9)
+        shards.note_handed(handed)
+    assert Shards(tmp_path, 9).handed == 42
+
+
+def test_results_of_another_job_are_refused(tmp_path: Path) -> None:
+    Shards(tmp_path, 9, {"id": "batch-1"}).commit([(0, result("mine"))], 1.0)
+    assert Shards(tmp_path, 9, {"id": "batch-1"}).count == 1
+    with pytest.raises(UserError, match="results of another job: id differs"):
+        Shards(tmp_path, 9, {"id": "batch-2"})
 
 
 @pytest.fixture
@@ -72,7 +101,7 @@ def section(tmp_path: Path) -> Batch:
     ]
     path = tmp_path / "input.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Batch(input=path, output=tmp_path / "out" / "answers.jsonl")
+    return Batch(input=str(path), output=str(tmp_path / "out" / "answers.jsonl"))
 
 
 def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path: Path) -> None:
@@ -80,7 +109,7 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
     shards = Shards(tmp_path / "shards", 4)
     failure = {"error": {"type": "prompt_too_long", "detail": "9 tokens"}}
     shards.commit([(1, failure), (0, result("one"))], 2.0)
-    totals = write_output(section, shards, tmp_path)
+    totals = write_output(section, shards, tmp_path, Origin("tuned-1", usd_per_s=0.5))
     lines = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "id": "b",
@@ -89,6 +118,8 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
         "prompt_tokens": 3,
         "cached_tokens": 1,
         "output_tokens": 2,
+        "cost_usd": None,
+        "model": "tuned-1",
         "error": None,
         "prompt": "1",
         "input_answer": "mine",
@@ -100,27 +131,3 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
     assert errors[0] == {"id": "a", "line": 2, "type": "prompt_too_long", "detail": "9 tokens"}
     assert [error["line"] for error in errors] == [2, 3, 4]
     assert totals.rows == 4 and totals.output_tokens == 2 and totals.errors.total() == 3
-
-
-def test_publish_replaces_the_file_at_once_and_leaves_nothing_beside_it(
-    section: Batch, tmp_path: Path
-) -> None:
-    check_output(section)
-    publish(section.input, section.output)
-    assert section.output.read_bytes() == section.input.read_bytes()
-    assert os.listdir(section.output.parent) == ["answers.jsonl"]
-    assert section.output.stat().st_mode == section.input.stat().st_mode
-
-
-def test_an_output_that_cannot_be_written_is_told_before_any_work(
-    section: Batch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    for output, words in [
-        (tmp_path, "is a folder"),
-        (section.input, "is the input itself"),
-        (tmp_path / "file" / "answers.jsonl", "cannot write"),
-        (Path("/proc/answers.jsonl"), "cannot write"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            check_output(section.model_copy(update={"output": output}))
