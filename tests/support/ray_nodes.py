@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 _STORE_BYTES = 80 * 2**20
+# A dead node is known as such in seconds; one that is only slow gets as long as it does by default.
+_HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 10000,
+    "health_check_failure_threshold": 3,
+}
 
 
 class TwoNodes:
@@ -23,7 +30,8 @@ class TwoNodes:
         os.environ.update({name: value, "RAY_USAGE_STATS_ENABLED": "0"})
         node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": _STORE_BYTES}
         self._cluster = Cluster(
-            initialize_head=True, head_node_args=node | {"include_dashboard": False}
+            initialize_head=True,
+            head_node_args=node | {"include_dashboard": False, "_system_config": _HEALTH},
         )
         self._other = self._cluster.add_node(**node)
         del os.environ[name]

@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -24,6 +24,8 @@ from tunesmith.batch.replica import PACK, Answers, Replica, folder_prints
 from tunesmith.config import ModelError, TunesmithError, UserError
 from tunesmith.config.errors import require
 from tunesmith.engine import Answer, EngineSpec, Request
+from tunesmith.engine.pool import WORKER
+from tunesmith.terminal import log
 
 # Fewer rows in a message cost the driver more than the rows; with more of them, those that are done
 # wait for the longest of the message.
@@ -82,8 +84,11 @@ class RayPool:
     first answer to a row counts, and Ray starts the engine again where there is room.
     """
 
-    def __init__(self, spec: EngineSpec, share: Share, *, window: int) -> None:
+    def __init__(
+        self, spec: EngineSpec, share: Share, *, window: int, worker: Sequence[str] = WORKER
+    ) -> None:
         self._spec, self._share, self._window = _absolute(spec), share, window
+        self._worker = worker
         self._open: dict[int, Request] = {}
         self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
         self._seen: dict[str, Answers] = {}
@@ -104,7 +109,7 @@ class RayPool:
         self._queue = ray.util.queue.Queue(
             actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": here}}
         )
-        dataset = _dataset(self._queue, here, self._share, self._spec, self._window)
+        dataset = _dataset(self._queue, here, self._share, (self._spec, self._window, self._worker))
         self._thread = threading.Thread(target=self._receive, args=(dataset,), daemon=True)
         self._thread.start()
         self._put([])  # its answer tells how long a prompt may be
@@ -199,6 +204,7 @@ class RayPool:
         self._checked_s = time.monotonic()
         if lost:
             self._lost_nodes += lost
+            log(f"batch: {lost} node(s) lost; {self.open} rows in flight are handed out again")
             again = iter(list(self._open.values()))
             while pack := list(islice(again, _PACK_ROWS)):
                 self._resent += len(pack)
@@ -240,7 +246,9 @@ class RayPool:
         self._is_up.set()
 
 
-def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int) -> Any:
+def _dataset(
+    queue: Any, here: str, share: Share, engine: tuple[EngineSpec, int, Sequence[str]]
+) -> Any:
     """Packs from the queue, through engines, to packs of answers."""
     import ray.data
 
@@ -249,6 +257,7 @@ def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int)
     context.print_on_execution_start = False
     # Packs are few rows that shall not wait for more of them: each is a block of its own.
     context.target_max_block_size = 1
+    spec, window, worker = engine
     calls = -(-window // _PACK_ROWS)
     source = ray.data.read_datasource(
         _source(queue),
@@ -259,7 +268,7 @@ def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int)
     )
     return source.map_batches(
         Replica,
-        fn_constructor_args=(spec, folder_prints(spec), window),
+        fn_constructor_args=(spec, folder_prints(spec), window, worker),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -49,8 +49,10 @@ class Replica:
     it is set aside here as on one machine. Calls come from several threads.
     """
 
-    def __init__(self, spec: EngineSpec, prints: Mapping[Path, str], window: int) -> None:
-        self._spec, self._prints, self._window = spec, prints, window
+    def __init__(
+        self, spec: EngineSpec, prints: Mapping[Path, str], window: int, worker: Sequence[str]
+    ) -> None:
+        self._spec, self._prints, self._window, self._worker = spec, prints, window, worker
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._lock = threading.Lock()
         self._inbox: SimpleQueue[Request] = SimpleQueue()
@@ -96,7 +98,9 @@ class Replica:
         try:
             check_folders(self._prints)
             with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-                self._pool = EnginePool(self._spec, window=self._window, log_folder=Path(folder))
+                self._pool = EnginePool(
+                    self._spec, window=self._window, log_folder=Path(folder), worker=self._worker
+                )
                 with self._pool:
                     for request, made in self._pool.stream(self._requests()):
                         self._deliver(request.key, made)

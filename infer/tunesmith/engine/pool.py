@@ -33,7 +33,7 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 60.0
 _END_TIMEOUT_S = 10.0
 Answered = Iterator[tuple[Request, Answer | Exception]]
-_WORKER = (sys.executable, "-m", "tunesmith.engine.worker")
+WORKER = (sys.executable, "-m", "tunesmith.engine.worker")
 
 
 class Crashed(Exception):
@@ -53,7 +53,7 @@ class EnginePool:
         *,
         window: int,
         log_folder: Path,
-        worker: Sequence[str] = _WORKER,
+        worker: Sequence[str] = WORKER,
     ) -> None:
         self._spec, self._window = spec, window
         self._inbox: SimpleQueue[tuple[_Engine | None, int, Any]] = SimpleQueue()
