@@ -115,8 +115,7 @@ def lose_command(folder: Path, nodes: TwoNodes, rows: int, expected: list[Any]) 
     process.kill()
     process.wait()
     killed_s, at_kill = time.monotonic(), committed(folder)
-    while nodes.engines() and time.monotonic() - killed_s < LONGEST_LEFT_S:
-        time.sleep(0.05)
+    nodes.engines_left(LONGEST_LEFT_S)
     gone_s = round(time.monotonic() - killed_s, 2)
     answers, seconds = finish(start(folder, nodes.address), folder)
     return {"killed_at_row": at_kill, "engines_gone_after_s": gone_s} | compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,13 @@ class TwoNodes:
                 continue
             if is_ours and b"tunesmith.engine.worker" in command:
                 found.append(int(entry.name))
+        return found
+
+    def engines_left(self, timeout_s: float) -> list[int]:
+        """Those that are still there after so long; Ray ends them when it hears of the end."""
+        deadline_s = time.monotonic() + timeout_s
+        while (found := self.engines()) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
         return found
 
     def shutdown(self) -> None:

@@ -11,9 +11,11 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -89,6 +91,7 @@ class RayPool:
     ) -> None:
         self._spec, self._share, self._window = _absolute(spec), share, window
         self._worker = worker
+        self._output = ExitStack()
         self._open: dict[int, Request] = {}
         self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
         self._seen: dict[str, Answers] = {}
@@ -104,6 +107,8 @@ class RayPool:
         import ray
         import ray.util.queue
 
+        # Ray prints what happens to its nodes, and stdout is for the result.
+        self._output.enter_context(redirect_stdout(sys.stderr))
         self._nodes, self._checked_s = _living(ray), time.monotonic()
         here = ray.get_runtime_context().get_node_id()
         self._queue = ray.util.queue.Queue(
@@ -127,6 +132,7 @@ class RayPool:
         self._put([])  # wakes the receiving thread
         self._thread.join(_END_TIMEOUT_S)
         ray.shutdown()
+        self._output.close()
 
     @property
     def max_model_len(self) -> int:

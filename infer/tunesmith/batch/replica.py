@@ -97,13 +97,14 @@ class Replica:
         """The engine's life, in a thread of its own."""
         try:
             check_folders(self._prints)
-            with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
-                self._pool = EnginePool(
-                    self._spec, window=self._window, log_folder=Path(folder), worker=self._worker
-                )
-                with self._pool:
-                    for request, made in self._pool.stream(self._requests()):
-                        self._deliver(request.key, made)
+            # Kept, because a log is asked for when all else is gone; Ray ends actors by SIGKILL.
+            logs = Path(tempfile.mkdtemp(prefix="tunesmith-engine-"))
+            self._pool = EnginePool(
+                self._spec, window=self._window, log_folder=logs, worker=self._worker
+            )
+            with self._pool:
+                for request, made in self._pool.stream(self._requests()):
+                    self._deliver(request.key, made)
         except Exception as error:
             words = str(error) if isinstance(error, TunesmithError) else repr(error)
             self._fail(f"{self._name}: {words}", isinstance(error, ModelError))

@@ -73,7 +73,7 @@ def job(nodes: TwoNodes, tmp_path_factory: pytest.TempPathFactory, llama: Path) 
         "folder": folder,
         "code": process.returncode,
         "left": left,
-        "engines": (engines, nodes.engines()),
+        "engines": (engines, nodes.engines_left(20.0)),
         "words": words,
         "result": json.loads(out or "{}"),
     }
