@@ -129,7 +129,7 @@ class RayPool:
         import ray
 
         self._is_closing = True
-        self._put([])  # wakes the receiving thread
+        self._queue.actor.put.remote(pickle.dumps([]))  # wakes the receiving thread, if Ray lives
         self._thread.join(_END_TIMEOUT_S)
         ray.shutdown()
         self._output.close()
