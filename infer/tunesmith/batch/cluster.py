@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +26,6 @@ from tunesmith.batch.replica import PACK, Answers, Replica, folder_prints
 from tunesmith.config import ModelError, TunesmithError, UserError
 from tunesmith.config.errors import require
 from tunesmith.engine import Answer, EngineSpec, Request
-from tunesmith.engine.pool import WORKER
 from tunesmith.terminal import log
 
 # Fewer rows in a message cost the driver more than the rows; with more of them, those that are done
@@ -86,11 +85,8 @@ class RayPool:
     first answer to a row counts, and Ray starts the engine again where there is room.
     """
 
-    def __init__(
-        self, spec: EngineSpec, share: Share, *, window: int, worker: Sequence[str] = WORKER
-    ) -> None:
+    def __init__(self, spec: EngineSpec, share: Share, *, window: int) -> None:
         self._spec, self._share, self._window = _absolute(spec), share, window
-        self._worker = worker
         self._output = ExitStack()
         self._open: dict[int, Request] = {}
         self._inbox: SimpleQueue[Answers | TunesmithError] = SimpleQueue()
@@ -114,7 +110,7 @@ class RayPool:
         self._queue = ray.util.queue.Queue(
             actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": here}}
         )
-        dataset = _dataset(self._queue, here, self._share, (self._spec, self._window, self._worker))
+        dataset = _dataset(self._queue, here, self._share, self._spec, self._window)
         self._thread = threading.Thread(target=self._receive, args=(dataset,), daemon=True)
         self._thread.start()
         self._put([])  # its answer tells how long a prompt may be
@@ -252,9 +248,7 @@ class RayPool:
         self._is_up.set()
 
 
-def _dataset(
-    queue: Any, here: str, share: Share, engine: tuple[EngineSpec, int, Sequence[str]]
-) -> Any:
+def _dataset(queue: Any, here: str, share: Share, spec: EngineSpec, window: int) -> Any:
     """Packs from the queue, through engines, to packs of answers."""
     import ray.data
 
@@ -263,7 +257,6 @@ def _dataset(
     context.print_on_execution_start = False
     # Packs are few rows that shall not wait for more of them: each is a block of its own.
     context.target_max_block_size = 1
-    spec, window, worker = engine
     calls = -(-window // _PACK_ROWS)
     source = ray.data.read_datasource(
         _source(queue),
@@ -274,7 +267,7 @@ def _dataset(
     )
     return source.map_batches(
         Replica,
-        fn_constructor_args=(spec, folder_prints(spec), window, worker),
+        fn_constructor_args=(spec, folder_prints(spec), window),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(

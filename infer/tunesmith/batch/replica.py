@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -49,10 +49,8 @@ class Replica:
     it is set aside here as on one machine. Calls come from several threads.
     """
 
-    def __init__(
-        self, spec: EngineSpec, prints: Mapping[Path, str], window: int, worker: Sequence[str]
-    ) -> None:
-        self._spec, self._prints, self._window, self._worker = spec, prints, window, worker
+    def __init__(self, spec: EngineSpec, prints: Mapping[Path, str], window: int) -> None:
+        self._spec, self._prints, self._window = spec, prints, window
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._lock = threading.Lock()
         self._inbox: SimpleQueue[Request] = SimpleQueue()
@@ -99,9 +97,7 @@ class Replica:
             check_folders(self._prints)
             # Kept, because a log is asked for when all else is gone; Ray ends actors by SIGKILL.
             logs = Path(tempfile.mkdtemp(prefix="tunesmith-engine-"))
-            self._pool = EnginePool(
-                self._spec, window=self._window, log_folder=logs, worker=self._worker
-            )
+            self._pool = EnginePool(self._spec, window=self._window, log_folder=logs)
             with self._pool:
                 for request, made in self._pool.stream(self._requests()):
                     self._deliver(request.key, made)

@@ -22,7 +22,7 @@ class Writer:
     def __init__(self, shards: Shards, size: int, pool: EnginePool | RayPool) -> None:
         self._shards, self._size, self._pool = shards, size, pool
         self._pending: list[tuple[int, dict[str, Any]]] = []
-        self._committed_s = time.monotonic()
+        self._committed_s = self._counted_s = time.monotonic()
         self._restarts = 0
         self._handed = 0
         self.errors = 0
@@ -41,7 +41,7 @@ class Writer:
 
     def start(self) -> None:
         """From now on time is spent on rows, no more on loading the model."""
-        self._committed_s = time.monotonic()
+        self._committed_s = self._counted_s = time.monotonic()
 
     def hand(self) -> None:
         """A request is on its way to an engine."""
@@ -61,7 +61,10 @@ class Writer:
         if not self._pending:
             return
         now_s = time.monotonic()
-        seconds = now_s - self._committed_s
+        # Time in which no engine finished a row belongs to the rows that they finish next.
+        is_computed = any("digest" in result for _, result in self._pending)
+        seconds = now_s - self._counted_s if is_computed else 0.0
+        self._counted_s += seconds
         shares = share_seconds([result for _, result in self._pending], seconds)
         for (_, result), share in zip(self._pending, shares, strict=True):
             result["device_s"] = round(share, 9)

@@ -33,7 +33,7 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 60.0
 _END_TIMEOUT_S = 10.0
 Answered = Iterator[tuple[Request, Answer | Exception]]
-WORKER = (sys.executable, "-m", "tunesmith.engine.worker")
+_WORKER = (sys.executable, "-m", "tunesmith.engine.worker")
 
 
 class Crashed(Exception):
@@ -53,12 +53,11 @@ class EnginePool:
         *,
         window: int,
         log_folder: Path,
-        worker: Sequence[str] = WORKER,
     ) -> None:
         self._spec, self._window = spec, window
         self._inbox: SimpleQueue[tuple[_Engine | None, int, Any]] = SimpleQueue()
         self._engines = [
-            _Engine(spec, place, self._inbox, log_folder / f"engine-{number}.log", worker)
+            _Engine(spec, place, self._inbox, log_folder / f"engine-{number}.log")
             for number, place in enumerate(places)
         ]
         self._deaths: Counter[int] = Counter()
@@ -228,9 +227,8 @@ class _Engine:
         place: Place,
         inbox: SimpleQueue[Any],
         log_path: Path,
-        worker: Sequence[str],
     ) -> None:
-        self._spec, self._place, self._inbox, self._worker = spec, place, inbox, worker
+        self._spec, self._place, self._inbox = spec, place, inbox
         self.log_path = log_path
         self.process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
@@ -254,7 +252,7 @@ class _Engine:
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self.process = start_group(
-                [*self._worker, str(theirs.fileno())],
+                [*_WORKER, str(theirs.fileno())],
                 log=log,
                 environment={"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
                 | dict(self._place.environment),

@@ -62,7 +62,7 @@ Make = Callable[..., EnginePool]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A pool whose engines run the given code."""
 
     def _make(code: str = WORKER, places: int = 1, window: int = 16, **settings: int) -> EnginePool:
@@ -71,12 +71,12 @@ def make(tmp_path: Path) -> Make:
         )
         script = tmp_path / "worker.py"
         script.write_text(code)
+        monkeypatch.setattr("tunesmith.engine.pool._WORKER", (sys.executable, str(script)))
         return EnginePool(
             spec,
             [Place() for _ in range(places)],
             window=window,
             log_folder=tmp_path,
-            worker=[sys.executable, str(script)],
         )
 
     return _make
@@ -112,6 +112,30 @@ def test_every_request_has_one_answer_and_the_window_is_kept(make: Make, places:
     assert found == {key: Answer(key) for key in range(500) if key != 9}
     assert 16 <= most <= 17 * places and pool.retried == pool.restarts == 0
     assert not any(members(group) for group in groups)
+
+
+def test_requests_may_come_later_if_the_pool_is_woken(make: Make) -> None:
+    come: list[Request | None] = []
+
+    def later() -> None:
+        for request in requests(40):
+            time.sleep(0.005)
+            come.append(request)
+            pool.wake()
+        is_over.set()
+        pool.wake()
+
+    def coming() -> Iterator[Request | None]:
+        while come or not is_over.is_set():
+            yield come.pop(0) if come else None
+
+    is_over = threading.Event()
+    with make() as pool:
+        thread = threading.Thread(target=later)
+        thread.start()
+        found = [request.key for request, _ in pool.stream(coming())]
+        thread.join()
+    assert sorted(found) == list(range(40))
 
 
 def test_rows_in_flight_are_answered_after_a_kill(make: Make) -> None:
