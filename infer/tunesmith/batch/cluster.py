@@ -352,8 +352,10 @@ def _living(ray: Any) -> set[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost reason that Ray gives."""
+    """The last line of the innermost reason that Ray gives words to."""
+    told = error
     while (inner := error.__cause__ or getattr(error, "cause", None)) is not None:
         error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'}"
+        told = error if str(error).strip() else told
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return f"{type(told).__name__}: {lines[-1] if lines else 'no reason given'}"
