@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ from tunesmith.terminal import log
 _PACK_ROWS = 8
 _CHECK_INTERVAL_S = 1.0
 _END_TIMEOUT_S = 5.0
+_REACH_TIMEOUT_S = 10.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # of this process alone
@@ -323,8 +325,9 @@ def connect(address: str | None, replicas: int | None, gpus_each: int) -> Share:
         )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        _reach(wanted)
         ray.init(wanted, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"batch.cluster: no Ray cluster at {wanted}: {error}; start one with `ray start "
             "--head`, or name its address in batch.cluster_address"
@@ -335,6 +338,14 @@ def connect(address: str | None, replicas: int | None, gpus_each: int) -> Share:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return share_of(nodes, replicas, gpus_each)
+
+
+def _reach(address: str) -> None:
+    """Raise OSError when nobody listens there: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT_S):
+            pass
 
 
 def _absolute(spec: EngineSpec) -> EngineSpec:
