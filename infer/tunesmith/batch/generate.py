@@ -9,10 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.batch.cluster import RayPool, Share
+from tunesmith.batch.cluster import Share
 from tunesmith.batch.errors import RowError, refusal
 from tunesmith.batch.prepare import Ahead, Digests, Prepared, Same, Wrong, prepare
 from tunesmith.batch.progress import Rate
+from tunesmith.batch.ray_pool import RayPool
 from tunesmith.batch.requests import RequestMaker
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards

@@ -6,9 +6,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tunesmith.batch.cluster import RayPool
 from tunesmith.batch.errors import RowError
 from tunesmith.batch.prepare import Same
+from tunesmith.batch.ray_pool import RayPool
 from tunesmith.batch.results import result_of, share_seconds
 from tunesmith.batch.shards import Shards
 from tunesmith.engine import Answer, EnginePool
