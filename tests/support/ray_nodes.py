@@ -51,7 +51,8 @@ class TwoNodes:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if is_ours and b"tunesmith.engine.worker" in command:
+            is_engine = b"tunesmith.engine.worker" in command and b"guard.py" not in command
+            if is_ours and is_engine:
                 found.append(int(entry.name))
         return found
 
