@@ -130,7 +130,8 @@ import memory_plan
 from tunesmith.config import load_recipe
 from tunesmith.pipeline import Stages
 from tunesmith.train import command, plan
-case = {"shape": memory_plan.NARROW | {"num_hidden_layers": 4}, "vocabulary": 4096, "rows": 12}
+case = {"shape": memory_plan.NARROW | {"num_hidden_layers": 4}, "vocabulary": 4096, "rows": 12,
+        "train": {"max_steps": 1, "max_eval_rows": 2, "per_device_eval_batch_size": 2}}
 stages = Stages(load_recipe(memory_plan.prepare(Path(sys.argv[2]), case)))
 planned = plan.run(stages)["memory"]
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
