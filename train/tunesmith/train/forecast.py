@@ -128,19 +128,25 @@ class Forecaster:
 
     def is_far_below(self) -> bool:
         """Whether a generous guess, which takes no time, stays below half of the device."""
+        try:
+            guess = self._guess_bytes()
+        except _NOT_SIMULATED:  # loading the model says what is wrong with it
+            return False
+        return guess + self._device.runtime_bytes < self._device.memory_bytes / 2
+
+    def _guess_bytes(self) -> int:
         text = self._config.get_text_config()
         work = self._workload(self._train, None)
-        heads = text.num_attention_heads
-        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        inner *= getattr(text, "num_experts_per_tok", None) or 1
-        widest = max(text.hidden_size, inner, heads * (getattr(text, "head_dim", None) or 0))
-        weights = sum(one.numel() for one in self._empty(self._train, "full").parameters())
-        guess = _GUESSED_BYTES_PER_WEIGHT * weights + max(
-            one.rows * one.width * text.num_hidden_layers
+        heads = int(text.num_attention_heads)
+        inner = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+        inner *= int(getattr(text, "num_experts_per_tok", None) or 1)
+        widest = max(int(text.hidden_size), inner, heads * int(getattr(text, "head_dim", 0) or 0))
+        weights: int = sum(one.numel() for one in self._empty(self._train, "full").parameters())
+        return _GUESSED_BYTES_PER_WEIGHT * weights + max(
+            one.rows * one.width * int(text.num_hidden_layers)
             * (_GUESSED_BYTES_PER_VALUE * widest + _GUESSED_BYTES_PER_SCORE * heads * one.width)
             for one in (*work.train, *work.evaluation)
         )  # fmt: skip
-        return bool(guess + self._device.runtime_bytes < self._device.memory_bytes / 2)
 
     def _advice(self, forecast: Forecast) -> str:
         for changes in self._changes():
