@@ -1,6 +1,11 @@
 """Artifacts, their lineage, versions and aliases."""
 
-from tunesmith.ledger.environment import describe_environment, device_count, gpu_names
+from tunesmith.ledger.environment import (
+    describe_environment,
+    device_count,
+    gpu_capability,
+    gpu_names,
+)
 from tunesmith.ledger.index import Index, Row
 from tunesmith.ledger.manifest import Artifact, Cost, Draft, Kind, Manifest, hash_file
 from tunesmith.ledger.store import Store, Work
@@ -17,6 +22,7 @@ __all__ = [
     "Work",
     "describe_environment",
     "device_count",
+    "gpu_capability",
     "gpu_names",
     "hash_file",
 ]

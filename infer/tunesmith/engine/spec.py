@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.config.errors import ModelError, require
 from tunesmith.config.schema.engine import Engine
+from tunesmith.engine.device import check_device
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
@@ -102,7 +103,11 @@ def _check_template(stages: Stages, model: Artifact, template: Path) -> None:
 
 
 def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
-    """vLLM's `EngineArgs` by name, for the offline engine and the server alike."""
+    """vLLM's `EngineArgs` by name, for the offline engine and the server alike.
+
+    Raises ModelError for a model that this machine's engine cannot run.
+    """
+    check_device(spec.model, gpu=gpu)
     settings = spec.settings
     arguments: dict[str, Any] = {
         "model": str(spec.model),
