@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.config import ModelError
 from tunesmith.config.schemes import SCHEMES
-from tunesmith.engine.device import check_device
+from tunesmith.engine.fit import check_adapter, check_device
 
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 
@@ -34,3 +34,27 @@ def test_others_are_left_to_vllm(tmp_path: Path) -> None:
     runs = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}
     assert "cpu" not in SCHEMES["w4a16"].refused_by
     check_device(model(tmp_path, runs), gpu=False)
+
+
+def test_an_adapter_of_the_parent_does_not_fit_where_activations_were_changed(
+    tmp_path: Path,
+) -> None:
+    def folder(name: str, **manifest: Any) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        return tmp_path / name
+
+    smoothed = {
+        "id": "checkpoint-2",
+        "label": "w8a8-int8",
+        "metrics": {"changes_activations": True},
+    }
+    changed = folder("changed", **smoothed)
+    plain = folder("plain", **smoothed | {"metrics": {}})
+    of_parent = folder("of-parent", parents={"base": "base-1"})
+    of_changed = folder("of-changed", parents={"base": "checkpoint-2"})
+    check_adapter(plain, of_parent)
+    check_adapter(changed, of_changed)
+    check_adapter(tmp_path, of_parent)
+    with pytest.raises(ModelError, match="was not trained over checkpoint-2, whose w8a8-int8 has"):
+        check_adapter(changed, of_parent)
