@@ -1,7 +1,7 @@
 """Every quantization scheme in the real engine: the parent, the merged model, and LoRA on top.
 
-Each cell works, or is refused with a typed error that names the devices that would run it. Each is a
-process of its own with a time limit. On a CPU, with the quickstart's trained store:
+Each cell works, or is refused with a typed error that names the devices that would run it; each
+is a process of its own with a time limit. On a CPU, with the quickstart's trained store:
 python tests/benchmarks/quantize_engine_table.py --out docs/measured/quantize-engine-table-cpu.json
 """
 
