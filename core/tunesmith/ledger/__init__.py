@@ -1,5 +1,6 @@
 """Artifacts, their lineage, versions and aliases."""
 
+from tunesmith.ledger.database import open_database
 from tunesmith.ledger.environment import (
     describe_environment,
     device_count,
@@ -25,4 +26,5 @@ __all__ = [
     "gpu_capability",
     "gpu_names",
     "hash_file",
+    "open_database",
 ]
