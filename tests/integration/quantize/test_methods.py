@@ -47,7 +47,7 @@ def test_it_is_made_as_asked_and_near_its_parent(
     keys: dict[str, Any],
     changes_activations: bool,
 ) -> None:
-    section = {"quantize": {"scheme": scheme, "calibration_rows": 6, **keys}}
+    section = {"quantize": {"scheme": scheme, "calibration_rows": 4, **keys}}
     made = run(stages_of(tmp_path, llama, **section))["checkpoints"][scheme]
     assert made["changes_activations"] == changes_activations
     assert 0 < kl(judged(made, llama)) < (0.05 if scheme == "w4a16" else 0.001)
