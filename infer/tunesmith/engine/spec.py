@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.config.errors import ModelError, require
 from tunesmith.config.schema.engine import Engine
+from tunesmith.engine.fit import check_adapter, check_device
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
@@ -102,7 +103,12 @@ def _check_template(stages: Stages, model: Artifact, template: Path) -> None:
 
 
 def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
-    """vLLM's `EngineArgs` by name, for the offline engine and the server alike."""
+    """vLLM's `EngineArgs` by name, for the offline engine and the server alike.
+
+    Raises ModelError for a model that this machine's engine cannot run, and an adapter that does
+    not fit it.
+    """
+    check_device(spec.model, gpu=gpu)
     settings = spec.settings
     arguments: dict[str, Any] = {
         "model": str(spec.model),
@@ -130,6 +136,8 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
     if spec.embeds:
         arguments |= {"runner": "pooling", "convert": "embed"}
     if adapters := spec.all_adapters:
+        for adapter in adapters:
+            check_adapter(spec.model, adapter)
         arguments |= {
             "enable_lora": True,
             "max_loras": min(len(adapters), _ADAPTERS_AT_ONCE),
