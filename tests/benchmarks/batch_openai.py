@@ -187,7 +187,9 @@ def compare(
     started_s = time.monotonic()
     subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
     wall_s = time.monotonic() - started_s
-    ours = {made["custom_id"]: made for made in read(folder / "out.jsonl")}
+    # A line that repeats an id is an error with the same one.
+    answered = (made for made in read(folder / "out.jsonl") if made["error"] is None)
+    ours = {made["custom_id"]: made for made in answered}
     only_theirs: set[str] = set()
     only_ours: set[str] = set()
     equal: list[bool] = []
