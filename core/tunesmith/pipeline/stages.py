@@ -132,23 +132,37 @@ class Stages:
         quantize, data = self.recipe.quantize, self.recipe.data
         if quantize is None or data is None:
             raise UserError(f"{self.path}: this needs quantize and data sections")
+        # Only where they decide something, so that checkpoints made before keep their ids.
+        is_cut_otherwise = data.truncation != "end" and quantize.calibrates(scheme)
         section = {
-            "quantize": {"scheme": scheme, **_pick(quantize, "calibration_rows")},
+            "quantize": {
+                "scheme": scheme,
+                **_pick(quantize, "calibration_rows"),
+                **quantize.choices(scheme),
+            },
             "model": _pick(self.recipe.model, "dtype"),
-            "data": _pick(data, "max_length"),
+            "data": _pick(data, "max_length", *(("truncation",) if is_cut_otherwise else ())),
             "seed": self.recipe.seed,
         }
         parent = self.tuned if self.recipe.train else self.base
         parents = {"parent": parent.id, "calibration": self.dataset.id}
-        return self._draft("checkpoint", scheme, section, self._template, parents)
+        return self._draft("checkpoint", scheme, section, self._calibration_inputs(scheme), parents)
+
+    def _calibration_inputs(self, scheme: str) -> dict[str, str]:
+        """Digests of what a checkpoint is made from beside its parents."""
+        quantize = self.recipe.quantize
+        assert quantize
+        text = quantize.calibration_text
+        if isinstance(text, str) or not quantize.calibrates(scheme):
+            return self._template
+        if not text.is_file():
+            raise UserError(f"{self.path}: quantize.calibration_text: no such file: {text}")
+        return {**self._template, "calibration_text": self.store.digest(text)}
 
     @cached_property
     def schemes(self) -> tuple[str, ...]:
         """The schemes of `quantize`, in the recipe's order."""
-        quantize = self.recipe.quantize
-        if quantize is None:
-            return ()
-        return (quantize.scheme,) if isinstance(quantize.scheme, str) else quantize.scheme
+        return self.recipe.quantize.schemes if self.recipe.quantize else ()
 
     @cached_property
     def variants(self) -> dict[str, Draft]:
