@@ -13,6 +13,7 @@ import pytest
 import torch
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = """
@@ -94,7 +95,6 @@ def test_an_openai_file_is_answered_line_by_line(openai_job: Any) -> None:
         name: one.choices[0].message.content for name, one in answers.items() if name != "texts"
     }
     assert answers["plain"].model != answers["formal"].model
-    assert answers["plain"].choices[0].logprobs != answers["formal"].choices[0].logprobs
     several = answers["several"]
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(several.choices[0].logprobs.content[0].top_logprobs) == 2
@@ -103,6 +103,26 @@ def test_an_openai_file_is_answered_line_by_line(openai_job: Any) -> None:
     assert re.fullmatch("[0-9]{3}", text["regex"]) and text["choice"] in ("yes", "no")
     assert len(answers["texts"].choices) == 2 and answers["texts"].usage.completion_tokens <= 6
     assert len({text[f"more-{at}"] for at in range(8)}) > 4
+
+
+def test_rows_with_and_without_an_adapter_share_a_step(
+    openai_job: Any, llama: Path, adapter: Path
+) -> None:
+    folder, _ = openai_job
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    prompt = AutoTokenizer.from_pretrained(llama).apply_chat_template(
+        GOOD[0]["body"]["messages"], add_generation_prompt=True, return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        plain = model(**prompt).logits[0, -1].log_softmax(-1).max()
+        tuned = PeftModel.from_pretrained(model, adapter)(**prompt)
+        formal = tuned.logits[0, -1].log_softmax(-1).max()
+    assert abs(plain - formal) > 0.01
+    for line, wanted in zip(lines, (plain, formal), strict=False):
+        (choice,) = line["response"]["body"]["choices"]
+        found = choice["logprobs"]["content"][0]["logprob"]
+        assert found == pytest.approx(float(wanted), abs=1e-3)
 
 
 def test_each_bad_line_is_typed_and_kept_with_its_place(openai_job: Any) -> None:
