@@ -37,6 +37,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=100)
 @given(JSON, JSON, JSON)
 def test_a_shape_does_not_depend_on_the_order_of_the_rows(one: Any, two: Any, three: Any) -> None:
     a, b, c = shape_of(one), shape_of(two), shape_of(three)
