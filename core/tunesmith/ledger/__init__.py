@@ -1,7 +1,13 @@
 """Artifacts, their lineage, versions and aliases."""
 
 from tunesmith.ledger.database import open_database
-from tunesmith.ledger.environment import describe_environment, device_count, gpu_names
+from tunesmith.ledger.delivery import deliver
+from tunesmith.ledger.environment import (
+    describe_environment,
+    device_count,
+    gpu_capability,
+    gpu_names,
+)
 from tunesmith.ledger.index import Index, Row
 from tunesmith.ledger.manifest import Artifact, Cost, Draft, Kind, Manifest, hash_file
 from tunesmith.ledger.store import Store, Work
@@ -16,8 +22,10 @@ __all__ = [
     "Row",
     "Store",
     "Work",
+    "deliver",
     "describe_environment",
     "device_count",
+    "gpu_capability",
     "gpu_names",
     "hash_file",
     "open_database",
