@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.config.schemes import has_amx, refusal
-from tunesmith.ledger import Artifact
+from tunesmith.ledger import Artifact, gpu_capability
 from tunesmith.pipeline import Stages
 from tunesmith.quantize.calibration import calibration_of
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
@@ -61,11 +61,8 @@ def make(stages: Stages, name: str) -> Artifact:
 
 
 def refused_here(method: Method) -> str | None:
-    import torch
-
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    capability = 10 * gpu[0] + gpu[1] if gpu else None
-    return refusal(method.scheme.devices(), capability, has_amx=has_amx())
+    """Why vLLM cannot run it on this machine; None when it can."""
+    return refusal(method.scheme.devices(), gpu_capability(), has_amx=has_amx())
 
 
 def _modules(selection: Selection) -> dict[str, Any]:
