@@ -133,12 +133,17 @@ def _report(stages: Stages, timings: dict[str, float]) -> Path:
     return write_report(stages, stages.store.folder / "reports" / stages.recipe.name, timings)
 
 
-def spawn(name: str, words: Sequence[str], path: Path, arguments: Sequence[str] = ()) -> None:
+def spawn(
+    name: str, words: Sequence[str], path: Path, arguments: Sequence[str] = (), shown: bool = True
+) -> None:
     """Run one command of this CLI, pass a stop on to it, and raise on any other end than 0."""
     command = [sys.executable, "-m", "tunesmith.cli", *words, str(path), *arguments]
     # Results of a step are not the run's result: its table goes where progress goes.
     process = subprocess.Popen(
-        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
+        command,
+        stdout=sys.stderr if shown else subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_parent,
     )
     try:
         code = process.wait()

@@ -52,13 +52,14 @@ def line(name: str, found: Found) -> Line:
     flipped, answers = Interval(**total["flipped"]), Interval(**total["flipped_answers"])
     chrf = Interval(**total["chrf_change"]) if total.get("chrf_change") else None
     alone, full = (Interval(**speed[key]["change"]) for key in ("batch_1", "saturation"))
+    digits = 4 if kl.value >= 0.001 else 5
     return Line(
         name=name,
         verdict=state,
         loss=say.percent(loss.value, 2),
         loss_bounds=say.percent_bounds(loss, 2),
-        kl=f"{kl.value:.4f}",
-        kl_bounds=say.bounds(kl, 4),
+        kl=f"{kl.value:.{digits}f}",
+        kl_bounds=say.bounds(kl, digits),
         flipped=f"{100 * flipped.value:.1f} %",
         flipped_bounds=f"{say.bounds(_percent(flipped), 1)} %",
         answers=f"{100 * answers.value:.0f} %",

@@ -47,4 +47,4 @@ def _measure(stages: Stages) -> None:
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(dump_recipe(measuring), encoding="utf-8")
-        spawn("verification", ("eval", "--fidelity"), path)
+        spawn("verification", ("eval", "--fidelity"), path, shown=False)

@@ -43,9 +43,9 @@ def facts(engine: Engine) -> dict[str, Any]:
     config = engine.llm.model_config
     [found, *_] = engine.llm.apply_model(_model_facts)
     # Kernels of CPUs keep the weights outside torch.
-    on_gpu = found.pop("tensor_bytes") if torch.cuda.is_available() else None
+    tensor_bytes = found.pop("tensor_bytes")
     return {
-        "loaded_bytes": engine.loaded_bytes if on_gpu is None else on_gpu,
+        "loaded_bytes": tensor_bytes if torch.cuda.is_available() else engine.loaded_bytes,
         "load_s": engine.load_s,
         "max_model_len": config.max_model_len,
         "vocabulary": config.get_vocab_size(),
