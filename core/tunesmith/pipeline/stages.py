@@ -126,7 +126,11 @@ class Stages:
         if quantize is None or data is None:
             raise UserError(f"{self.path}: this needs quantize and data sections")
         section = {
-            "quantize": {"scheme": scheme, **_pick(quantize, "calibration_rows")},
+            "quantize": {
+                "scheme": scheme,
+                **_pick(quantize, "calibration_rows"),
+                **quantize.choices(scheme),
+            },
             "model": _pick(self.recipe.model, "dtype"),
             "data": _pick(data, "max_length"),
             "seed": self.recipe.seed,
@@ -138,10 +142,7 @@ class Stages:
     @cached_property
     def schemes(self) -> tuple[str, ...]:
         """The schemes of `quantize`, in the recipe's order."""
-        quantize = self.recipe.quantize
-        if quantize is None:
-            return ()
-        return (quantize.scheme,) if isinstance(quantize.scheme, str) else quantize.scheme
+        return self.recipe.quantize.schemes if self.recipe.quantize else ()
 
     @cached_property
     def variants(self) -> dict[str, Draft]:

@@ -12,7 +12,7 @@ from tunesmith.quantize.calibration import Calibration, calibrate_on
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
 from tunesmith.quantize.compress import compress
 from tunesmith.quantize.modules import Selection
-from tunesmith.quantize.schemes import DEVICES, SCHEMES, Scheme
+from tunesmith.quantize.schemes import DEVICES, Method
 from tunesmith.terminal import log, make_table
 
 
@@ -23,7 +23,7 @@ def run(stages: Stages) -> dict[str, Any]:
     checkpoints = {}
     for name in stages.schemes:
         found = stages.store.find(stages.quantized(name).id)
-        artifact = found or _make(stages, SCHEMES[name])
+        artifact = found or _make(stages, name)
         checkpoints[name] = {
             "id": artifact.id,
             "folder": str(artifact.root),
@@ -54,17 +54,19 @@ def show(result: dict[str, Any]) -> Any:
     return make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
 
 
-def _make(stages: Stages, scheme: Scheme) -> Artifact:
+def _make(stages: Stages, name: str) -> Artifact:
     recipe = stages.recipe
+    assert recipe.quantize
+    method = Method.of(recipe.quantize, name)
     parent = stages.made(stages.tuned if recipe.train else stages.base)
-    calibration = _calibration(stages, parent) if scheme.calibrated else None
-    draft = stages.quantized(scheme.name)
-    log(f"{scheme.name}: quantizing {parent.id}")
+    calibration = _calibration(stages, parent) if method.calibrated else None
+    draft = stages.quantized(method.name)
+    log(f"{method.name}: quantizing {parent.id}")
     with stages.store.write(draft, recipe) as work:
         done = compress(
             parent.root,
             work.out,
-            scheme,
+            method,
             calibration,
             dtype=recipe.model.dtype,
             trust_remote_code=recipe.model.trust_remote_code,
@@ -73,13 +75,15 @@ def _make(stages: Stages, scheme: Scheme) -> Artifact:
         copy_companions(parent.root, work.out, recipe.model.chat_template)
         verify(work.out, done.selection)
         work.metrics |= {
-            "scheme": scheme.name,
+            "scheme": method.name,
+            "algorithm": method.algorithm,
+            "changes_activations": method.changes_activations,
             "bytes": weight_bytes(work.out),
             "parent_bytes": weight_bytes(parent.root),
             "calibration": calibration.counts() if calibration else None,
             "seconds": done.seconds,
             "warnings": done.warnings,
-            "devices": {device: scheme.refused_by.get(device) for device in DEVICES},
+            "devices": {device: method.scheme.refused_by.get(device) for device in DEVICES},
             **_modules(done.selection),
         }
     return stages.made(draft)

@@ -15,9 +15,9 @@ from typing import Any
 
 from tunesmith.config import ModelError, TunesmithError, require
 from tunesmith.quantize.calibration import Calibration
-from tunesmith.quantize.modifiers import modifiers
+from tunesmith.quantize.modifiers import modifiers, without_pinning
 from tunesmith.quantize.modules import Selection, select
-from tunesmith.quantize.schemes import Scheme
+from tunesmith.quantize.schemes import Method
 from tunesmith.terminal import log, progress_bar
 
 
@@ -36,7 +36,7 @@ class Compressed:
 def compress(
     parent: Path,
     out: Path,
-    scheme: Scheme,
+    method: Method,
     calibration: Calibration | None,
     *,
     dtype: str,
@@ -51,18 +51,18 @@ def compress(
     with _quiet(log_path) as noticed:
         clock = [time.monotonic()]
         model = _load(parent, dtype, trust_remote_code)
-        selection = select(model, scheme)
+        selection = select(model, method)
         clock.append(time.monotonic())
         try:
-            _oneshot(model, scheme, selection, calibration)
+            _oneshot(model, method, selection, calibration)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise TunesmithError(
-                f"{scheme.name}: llm-compressor cannot quantize this {type(model).__name__}: "
+                f"{method.name}: llm-compressor cannot quantize this {type(model).__name__}: "
                 f"{reason}; its log is in {log_path}"
             ) from error
         clock.append(time.monotonic())
-        done = select(model, scheme)
+        done = select(model, method)
         _confirm(model, done)
         model.save_pretrained(out, save_compressed=True)
         clock.append(time.monotonic())
@@ -90,17 +90,17 @@ def _load(parent: Path, dtype: str, trust_remote_code: bool) -> Any:
 
 
 def _oneshot(
-    model: Any, scheme: Scheme, selection: Selection, calibration: Calibration | None
+    model: Any, method: Method, selection: Selection, calibration: Calibration | None
 ) -> None:
     from llmcompressor import oneshot
 
     examples = calibration.input_ids if calibration else []
-    with _layer_bar(model, scheme.name, passes=2 * len(examples)):
+    with _layer_bar(model, method.name, passes=2 * len(examples)), without_pinning():
         oneshot(
             model=model,
             # Loading a tokenizer is skipped for a processor that is given; ids need none.
             processor=object(),
-            recipe=modifiers(model, scheme, selection, calibrated=bool(examples)),
+            recipe=modifiers(model, method, selection),
             dataset=_batches(examples) if examples else None,
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.config import ModelError
-from tunesmith.quantize.schemes import Scheme
+from tunesmith.quantize.schemes import Method
 
 Shape = tuple[int, int]
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -27,7 +27,7 @@ class Selection:
     """Weights per scale along the input; None for one scale per output channel."""
 
 
-def select(model: Any, scheme: Scheme) -> Selection:
+def select(model: Any, method: Method) -> Selection:
     """Sort a model's modules. Raises ModelError when nothing is left to quantize."""
     from torch import nn
 
@@ -45,40 +45,43 @@ def select(model: Any, scheme: Scheme) -> Selection:
             kept[name] = "router"
         else:
             linear[name] = (module.out_features, module.in_features)
-    return split_by_shape(linear, kept, scheme)
+    return split_by_shape(linear, kept, method)
 
 
-def split_by_shape(linear: dict[str, Shape], kept: dict[str, str], scheme: Scheme) -> Selection:
+def split_by_shape(linear: dict[str, Shape], kept: dict[str, str], method: Method) -> Selection:
     """Also keep the layers whose shape no kernel takes, with their siblings: engines join some of
     those (query, key and value; gate and up) into one matrix, which must have one format."""
+    multiple = method.scheme.multiple_of
     odd = {
         name.rpartition(".")[0]: f"{name} is {outputs} x {inputs}"
         for name, (outputs, inputs) in linear.items()
-        if outputs % scheme.multiple_of or inputs % scheme.multiple_of
+        if outputs % multiple or inputs % multiple
     }
     quantized = {
         name: shape for name, shape in linear.items() if name.rpartition(".")[0] not in odd
     }
     kept = kept | {
-        name: f"{scheme.name} needs multiples of {scheme.multiple_of}, {odd[parent]}"
+        name: f"{method.name} needs multiples of {multiple}, {odd[parent]}"
         for name in linear
         if (parent := name.rpartition(".")[0]) in odd
     }
     if not quantized:
         first = kept[next(iter(linear))] if linear else "its decoder has no linear layers"
-        raise ModelError(f"{scheme.name} cannot quantize any layer of this model: {first}")
-    return Selection(quantized, kept, _group_size(quantized, scheme))
+        raise ModelError(f"{method.name} cannot quantize any layer of this model: {first}")
+    return Selection(quantized, kept, _group_size(quantized, method))
 
 
-def _group_size(quantized: dict[str, Shape], scheme: Scheme) -> int | None:
-    """The largest that divides the inputs of every layer."""
-    if not scheme.group_sizes:
+def _group_size(quantized: dict[str, Shape], method: Method) -> int | None:
+    """What the recipe asks for, or the largest that divides the inputs of every layer."""
+    allowed = (method.group_size,) if method.group_size else method.scheme.group_sizes
+    if not allowed:
         return None
-    return next(
-        size
-        for size in scheme.group_sizes
-        if all(inputs % size == 0 for _, inputs in quantized.values())
-    )
+    for size in allowed:
+        odd = next((name for name, (_, inputs) in quantized.items() if inputs % size), None)
+        if odd is None:
+            return size
+    inputs = quantized[str(odd)][1]
+    raise ModelError(f"quantize.group_size: {size} does not divide the {inputs} inputs of {odd}")
 
 
 def _with_weights(model: Any) -> Iterator[tuple[str, Any]]:

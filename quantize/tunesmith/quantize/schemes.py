@@ -1,79 +1,58 @@
-"""The one table of quantization schemes: how many bits, how many bytes, where vLLM runs them."""
+"""A scheme of the table, made in the way that a recipe asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-DEVICES = {
-    "cpu": "CPU",
-    "sm_80": "Ampere (A100)",
-    "sm_89": "Ada (L4, L40S)",
-    "sm_90": "Hopper (H100, H200)",
-    "sm_100": "Blackwell (B200)",
-}
-"""Every device the table speaks of; the keys are what `Scheme.refused_by` uses."""
+from tunesmith.config.schema.quantize import Quantize
+from tunesmith.config.schemes import DEVICES, SCHEMES, Algorithm, Scheme
 
-_SCALE_BYTES = 2
-_SHAPE_BYTES = 16
+__all__ = ["DEVICES", "SCHEMES", "Method", "Scheme"]
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One way to store the weights of linear layers."""
+class Method:
+    """One scheme and how it is made."""
 
-    name: str
-    preset: str
-    """Its name in compressed-tensors."""
+    scheme: Scheme
+    algorithm: Algorithm
+    calibrated: bool
+    """Whether it is made by looking at data."""
 
-    weight_bits: int
-    activation_bits: int
+    group_size: int | None = None
+    """Weights that share a scale; the largest that divides every layer when None."""
 
-    group_sizes: tuple[int, ...] = ()
-    """Weights that may share a scale along the input, best first; every output channel has one
-    scale when empty."""
+    symmetric: bool = True
+    smoothquant: float | None = None
+    rotation: Literal["spinquant"] | None = None
+    kv_cache: Literal["fp8"] | None = None
 
-    calibrated: bool = True
-    """Whether weights are chosen (GPTQ) by what activations they meet in calibration."""
+    @property
+    def name(self) -> str:
+        """The scheme's."""
+        return self.scheme.name
 
-    multiple_of: int = 16
-    """Both sides of a layer must be divisible by this for a kernel on every device."""
-
-    refused_by: Mapping[str, str] = field(default_factory=dict)
-    """Devices on which vLLM cannot run it, with the reason; it runs on all others."""
+    @property
+    def changes_activations(self) -> bool:
+        """Whether layers meet other activations than those of the parent, so that an adapter
+        fitted to the parent does not fit."""
+        return self.algorithm == "awq" or bool(self.smoothquant or self.rotation)
 
     def layer_bytes(self, outputs: int, inputs: int, group_size: int | None) -> int:
-        """Size of one stored layer with 16-bit scales."""
-        groups = inputs // group_size if group_size else 1
-        packed = outputs * inputs * self.weight_bits // 8
-        return packed + outputs * groups * _SCALE_BYTES + (_SHAPE_BYTES if group_size else 0)
+        """Size of one stored layer."""
+        return self.scheme.layer_bytes(outputs, inputs, group_size, symmetric=self.symmetric)
 
-
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme(
-            name="w8a8-int8",
-            preset="W8A8",
-            weight_bits=8,
-            activation_bits=8,
-            refused_by={"sm_100": "vLLM has no INT8 kernel for Blackwell; use fp8-dynamic"},
-        ),
-        Scheme(
-            name="w4a16",
-            preset="W4A16",
-            weight_bits=4,
-            activation_bits=16,
-            group_sizes=(128, 64, 32),
-            multiple_of=32,
-        ),
-        Scheme(
-            name="fp8-dynamic",
-            preset="FP8_DYNAMIC",
-            weight_bits=8,
-            activation_bits=8,
-            calibrated=False,
-            refused_by={"cpu": "vLLM has no FP8 kernel with per-channel scales for CPUs"},
-        ),
-    )
-}
+    @classmethod
+    def of(cls, section: Quantize, name: str) -> Method:
+        """What a recipe asks of one of its schemes."""
+        return cls(
+            scheme=SCHEMES[name],
+            algorithm=section.algorithm_of(name),
+            calibrated=section.calibrates(name),
+            group_size=section.group_size,
+            symmetric=section.symmetric,
+            smoothquant=section.smoothquant,
+            rotation=section.rotation,
+            kv_cache=section.kv_cache,
+        )

@@ -17,12 +17,13 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError, MissingExtraError, ModelError, TunesmithError
+from tunesmith.config.schema.quantize import Quantize
 from tunesmith.pipeline import Stages
 from tunesmith.quantize.calibration import Calibration, calibrate_on
 from tunesmith.quantize.checkpoint import verify
 from tunesmith.quantize.command import run, show
 from tunesmith.quantize.modules import Selection, select
-from tunesmith.quantize.schemes import SCHEMES
+from tunesmith.quantize.schemes import SCHEMES, Method
 
 Rows = list[dict[str, Any]]
 Checkpoints = dict[str, dict[str, Any]]
@@ -59,15 +60,16 @@ def weight(model: Any, name: str) -> torch.Tensor:
 def test_bytes_on_disk_follow_the_formula(made: Checkpoints, llama: Path, scheme: str) -> None:
     checkpoint = made[scheme]
     tensors = load_file(Path(checkpoint["folder"]) / "model.safetensors")
-    shapes = select(AutoModelForCausalLM.from_pretrained(llama), SCHEMES[scheme]).quantized
+    method = Method.of(Quantize(scheme=scheme), scheme)
+    shapes = select(AutoModelForCausalLM.from_pretrained(llama), method).quantized
     assert checkpoint["quantized"] == sorted(shapes)
     for name in checkpoint["quantized"]:
-        stored = sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}.weight"))
-        assert stored == SCHEMES[scheme].layer_bytes(*shapes[name], checkpoint["group_size"])
+        stored = sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}."))
+        assert stored == method.layer_bytes(*shapes[name], checkpoint["group_size"])
     for name in checkpoint["kept"]:
         assert tensors[f"{name}.weight"].dtype == torch.bfloat16
-    assert checkpoint["bytes"] < 0.85 * checkpoint["parent_bytes"]
-    assert bool(checkpoint["calibration"]) == SCHEMES[scheme].calibrated
+    assert checkpoint["bytes"] < 0.9 * checkpoint["parent_bytes"]
+    assert bool(checkpoint["calibration"]) == method.calibrated
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.config import ModelError
+from tunesmith.config.schema.quantize import Quantize
 from tunesmith.quantize.modules import select, split_by_shape
-from tunesmith.quantize.schemes import SCHEMES
+from tunesmith.quantize.schemes import Method
 
-W4A16 = SCHEMES["w4a16"]
+
+def method(name: str, **keys: object) -> Method:
+    return Method.of(Quantize.model_validate({"scheme": name, **keys}), name)
+
+
+W4A16 = method("w4a16")
 ATTENTION = {"layers.0.self_attn.q_proj": (64, 64), "layers.0.self_attn.o_proj": (64, 64)}
 
 
@@ -26,7 +32,7 @@ def llama(**changes: object) -> LlamaForCausalLM:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_module_with_weights_ends_in_exactly_one_list(tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
-    selection = select(model, SCHEMES["w8a8-int8"])
+    selection = select(model, method("w8a8-int8"))
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     assert selection.quantized.keys() | selection.kept.keys() == owners
     assert not selection.quantized.keys() & selection.kept.keys()
@@ -48,6 +54,13 @@ def test_linear_layers_outside_the_decoder_and_routers_are_kept() -> None:
 def test_the_group_is_the_largest_that_divides_every_layer(inputs: int, group_size: int) -> None:
     linear = {"a.up": (256, 256), "b.down": (256, inputs)}
     assert split_by_shape(linear, {}, W4A16).group_size == group_size
+
+
+def test_a_group_size_of_the_recipe_has_to_divide_every_layer() -> None:
+    linear = {"a.up": (256, 256), "b.down": (256, 192)}
+    assert split_by_shape(linear, {}, method("w4a16", group_size=32)).group_size == 32
+    with pytest.raises(ModelError, match="group_size: 128 does not divide the 192 inputs of b.dow"):
+        split_by_shape(linear, {}, method("w4a16", group_size=128))
 
 
 def test_a_shape_without_kernel_keeps_the_layers_that_are_joined_with_it() -> None:

@@ -41,11 +41,19 @@ def test_ids_follow_what_decides_the_result(recipe: dict[str, Any]) -> None:
         {"model": recipe["model"] | {"dtype": "float32"}},
         {"data": recipe["data"] | {"max_length": 17}},
         {"quantize": recipe["quantize"] | {"calibration_rows": 3}},
+        {"quantize": recipe["quantize"] | {"algorithm": "awq"}},
+        {"quantize": recipe["quantize"] | {"group_size": 64}},
+        {"quantize": recipe["quantize"] | {"kv_cache": "fp8"}},
         {"seed": 5},
     ):
         other_quantized, other_evaluated = ids(recipe | change)
         assert other_quantized != quantized, change
         assert other_evaluated != evaluated, change
+
+
+def test_ids_do_not_follow_what_decides_nothing(recipe: dict[str, Any]) -> None:
+    for change in ({"algorithm": "gptq"}, {"device": "cpu"}, {"scheme": ("w8a8-int8", "w4a16")}):
+        assert ids(recipe | {"quantize": recipe["quantize"] | change}) == ids(recipe), change
 
 
 def test_only_an_evaluation_depends_on_how_it_is_measured(recipe: dict[str, Any]) -> None:

@@ -19,7 +19,23 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Money = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Variant = Literal["base", "tuned", "adapter", "w8a8-int8", "w4a16", "fp8-dynamic"]
+SchemeName = Literal[
+    "w8a8-int8",
+    "fp8-dynamic",
+    "fp8-static",
+    "fp8-block",
+    "w8a16",
+    "w4a16",
+    "w3a16",
+    "w2a16",
+    "nvfp4",
+    "nvfp4a16",
+    "mxfp4",
+    "mxfp4a16",
+]
+"""The rows of `tunesmith.config.schemes.SCHEMES`."""
+
+Variant = Literal["base", "tuned", "adapter", SchemeName]
 
 
 class Store(Section):
