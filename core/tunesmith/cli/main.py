@@ -41,6 +41,7 @@ _COMMANDS = {
     "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
+    "recover": ("tunesmith.train.recover", "train"),
     "eval": ("tunesmith.evaluate.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
@@ -116,6 +117,17 @@ def train(
 def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Make the compressed checkpoints."""
     _execute("quantize", recipe, overrides, as_json)
+
+
+@app.command()
+def recover(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
+    """Train the adapters that win back what quantization lost."""
+    _execute("recover", recipe, overrides, as_json, discard=discard)
 
 
 @app.command("eval")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import TunesmithError, WorkInterrupted, load_recipe
+from tunesmith.config import Recipe, TunesmithError, WorkInterrupted, load_recipe
 from tunesmith.ledger import Draft
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
@@ -35,6 +35,9 @@ class Step:
     outputs: tuple[Path, ...] = ()
     """Files outside the store that the step also leaves."""
 
+    recipe: Path | None = None
+    """Another recipe that it runs, in the same store."""
+
 
 def steps(stages: Stages) -> list[Step]:
     """What the recipe's sections ask for, in order, made or not."""
@@ -42,6 +45,13 @@ def steps(stages: Stages) -> list[Step]:
     found = []
     if recipe.data:
         found.append(Step("data", ("data", "--rows", "0"), (stages.dataset,)))
+    if recipe.quantize and stages.unquantized == stages.base and stages.builds_base:
+        path = Path(stages.builtin_base.path)
+        found.append(Step("base", ("train",), (stages.base,), recipe=path))
+    made = [stages.quantized(scheme) for scheme in stages.schemes]
+    quantizing = [Step("quantize", ("quantize",), tuple(made))] if recipe.quantize else []
+    if recipe.train and recipe.train.over:
+        found += quantizing
     if recipe.train:
         made = [
             stages.variants[name]
@@ -49,9 +59,11 @@ def steps(stages: Stages) -> list[Step]:
             if name in stages.variants
         ]
         found.append(Step("train", ("train",), tuple(made)))
-    if recipe.quantize:
-        made = [stages.quantized(scheme) for scheme in stages.schemes]
-        found.append(Step("quantize", ("quantize",), tuple(made)))
+    if not recipe.train or not recipe.train.over:
+        found += quantizing
+    if recipe.quantize and recipe.quantize.recovered:
+        made = [stages.recovered(scheme) for scheme in recipe.quantize.recovered]
+        found.append(Step("recover", ("recover",), tuple(made)))
     if recipe.evaluate:
         made = [stages.evaluation(name) for name in stages.evaluated]
         found.append(Step("eval", ("eval",), tuple(made)))
@@ -82,8 +94,11 @@ def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -
             continue
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
-        flags = ("--discard",) if discard and step.name == "train" else ()
-        _spawn(step, path, (*overrides, *flags))
+        flags = ("--discard",) if discard and step.name in ("train", "recover") else ()
+        if step.recipe:
+            _spawn(step, step.recipe, _store_of(recipe))
+        else:
+            _spawn(step, path, (*overrides, *flags))
         timings[step.name] = time.monotonic() - before_s
         log(f"{step.name}: done in {timings[step.name]:.1f} s")
     from tunesmith.report import summary, write_report
@@ -114,6 +129,13 @@ def show(result: dict[str, Any]) -> Any:
         seconds,
         f"report: {result['report']}",
     )
+
+
+def _store_of(recipe: Recipe) -> tuple[str, ...]:
+    """The overrides with which another recipe uses the same store."""
+    store = recipe.store
+    ledger = (f"store.ledger={store.ledger}",) if store.ledger else ()
+    return (f"store.folder={store.folder}", *ledger)
 
 
 def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def _make(stages: Stages, name: str) -> Artifact:
     recipe = stages.recipe
     assert recipe.quantize
     method = Method.of(recipe.quantize, name)
-    parent = stages.made(stages.tuned if recipe.train else stages.base)
+    parent = stages.made(stages.unquantized)
     calibration = _calibration(stages, parent) if method.calibrated else None
     draft = stages.quantized(method.name)
     log(f"{method.name}: quantizing {parent.id}")

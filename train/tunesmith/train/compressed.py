@@ -97,8 +97,7 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Mute the bars of compressed-tensors, which would break ours."""
-    from tqdm import tqdm
-
+    tqdm = require("tqdm", "train").tqdm
     make = tqdm.__init__
 
     def make_muted(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -17,15 +17,15 @@ from tunesmith.terminal import log
 from tunesmith.train.checkpoint import newest
 
 
-def check_drift(stages: Stages, *, discard: bool) -> None:
-    """Raise UserError, saying what changed, when a training of this name was interrupted after a
-    checkpoint and is not the one that the recipe now asks for; with `discard` drop it."""
-    store, new = stages.store, stages.trained
+def check_drift(stages: Stages, new: Draft, *, discard: bool) -> None:
+    """Raise UserError, saying what changed, when a training of this name and label was interrupted
+    after a checkpoint and is not the one that the recipe now asks for; with `discard` drop it."""
+    store = stages.store
     if store.find(new.id) or newest(store.scratch(new)):
         return
     for old in store.interrupted(new.name):
         checkpoint = newest(store.scratch(old))
-        if checkpoint is None:
+        if checkpoint is None or _purpose(old) != _purpose(new):
             continue
         if discard:
             store.discard(old)
@@ -38,6 +38,11 @@ def check_drift(stages: Stages, *, discard: bool) -> None:
             + "".join(f"  {change}\n" for change in changes)
             + "put it back to continue that training, or add --discard to drop it and start anew"
         )
+
+
+def _purpose(draft: Draft) -> str:
+    """What a training is for; the recipe's own may change its method and so its label."""
+    return draft.label if draft.label.startswith("recover ") else "train"
 
 
 def _changes(stages: Stages, old: Draft, new: Draft) -> Iterator[str]:
@@ -87,6 +92,8 @@ def _parents(stages: Stages) -> Iterator[tuple[Stages, Draft]]:
         yield from _parents(stages.builtin_base)
     elif stages.recipe.model.base:
         yield stages, stages.base
+    for scheme in stages.schemes:
+        yield stages, stages.quantized(scheme)
 
 
 def _flat(section: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -92,8 +92,8 @@ class Recipe(Section):
         adapts = self.train and self.train.method in ("lora", "qlora") and not self.train.merge
         if self.quantize and adapts and not over:
             raise ValueError(
-                "quantize needs the merged model: train.merge: true, or train.over: SCHEME to train "
-                "over the quantized base"
+                "quantize needs the merged model: train.merge: true, or train.over to train over "
+                "the quantized base"
             )
         if self.evaluate and not self.data:
             raise ValueError("evaluate needs a data section")

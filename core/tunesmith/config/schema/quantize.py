@@ -13,6 +13,29 @@ from tunesmith.config.schemes import SCHEMES, Algorithm, Scheme
 Device = Literal["any", "cpu", "cpu_amx", "sm_80", "sm_89", "sm_90", "sm_100"]
 
 
+class Recover(Section):
+    """A LoRA over each checkpoint that wins back what quantization lost: it is distilled from the
+    model that was quantized, on the training rows, and served over the checkpoint."""
+
+    schemes: tuple[SchemeName, ...] | None = None
+    """Those of `scheme` that get one; all when null."""
+
+    r: Positive = 32
+    """Rank of the adapter."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate, after a short warm-up and before a cosine to nothing."""
+
+    max_steps: Positive = 200
+    """Optimizer steps."""
+
+    per_device_train_batch_size: Positive = 8
+    """Sequences per optimizer step."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
 class Quantize(Section):
     """Compressed checkpoints of the tuned model (of the base where the recipe trains nothing), in
     the format that vLLM loads. Every key has to suit every scheme."""
@@ -51,6 +74,17 @@ class Quantize(Section):
     calibration_rows: Positive = 128
     """Training conversations used to calibrate, rendered with the recipe's own template."""
 
+    recover: Recover | None = None
+    """Also make adapters that win back what was lost."""
+
+    @property
+    def recovered(self) -> tuple[SchemeName, ...]:
+        """The schemes whose checkpoints get an adapter, in the recipe's order."""
+        if self.recover is None:
+            return ()
+        asked = self.recover.schemes
+        return self.schemes if asked is None else tuple(s for s in self.schemes if s in asked)
+
     @property
     def schemes(self) -> tuple[SchemeName, ...]:
         """What `scheme` names."""
@@ -76,6 +110,17 @@ class Quantize(Section):
         if self.algorithm == SCHEMES[scheme].algorithms[0]:
             del found["algorithm"]
         return found
+
+    @field_validator("recover")
+    @classmethod
+    def _what_is_recovered_is_made(
+        cls, recover: Recover | None, info: ValidationInfo
+    ) -> Recover | None:
+        made = [scheme.name for scheme in _asked(info)]
+        for name in (recover.schemes or ()) if recover and made else ():
+            if name not in made:
+                raise ValueError(f"{name} is not made: add it to quantize.scheme")
+        return recover
 
     @field_validator("device")
     @classmethod

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.config.schema.base import Fraction, Positive, Section
-from tunesmith.config.schema.quantize import Scheme
+from tunesmith.config.schema.base import Fraction, Positive, SchemeName, Section
 
 Method = Literal["lora", "qlora", "full", "pretrain"]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -184,9 +183,9 @@ class Train(Section):
     their memory and speeds up their products, on NVIDIA GPUs of Ada, Hopper or newer only. For
     4 bits there is `method: qlora`."""
 
-    over: Scheme | None = None
-    """Fit the adapter to the base in this form, which is one of `quantize.scheme`, and serve it over
-    that: the base is quantized first, and nothing is merged; for `lora`."""
+    over: SchemeName | None = None
+    """Fit the adapter to the base in this form, one of `quantize.scheme`, and serve it over that:
+    the base is quantized first, and nothing is merged; for `lora`."""
 
     eval_steps: Annotated[float, Field(gt=0.0)] = 0.25
     """Steps between evaluations; a value below 1 is a share of all steps."""
