@@ -78,8 +78,9 @@ def test_training_computes_with_the_weights_that_are_served(stages: Stages, sche
         assert bool(layer._forward_pre_hooks) == (scheme in ("w8a8-int8", "fp8-dynamic"))
     ids = torch.arange(60)[None]
     with torch.no_grad():
-        # compressed-tensors rounds its scales to bfloat16, engines do not.
-        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0.1, atol=0.02)
+        found, expected = ours(ids).logits.float(), theirs(ids).logits.float()
+    # compressed-tensors rounds the scales of activations to bfloat16, engines do not.
+    assert float((found - expected).norm() / expected.norm()) < 0.03
     assert not any("scale" in name for name, _ in ours.named_parameters())
 
 

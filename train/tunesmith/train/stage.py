@@ -124,9 +124,11 @@ def _learn(
         if isinstance(loss, Distillation) and layout.as_documents:
             rows, device = parts.train.rows, accelerator.device
             layout = Layout() if keep_documents_apart(loss.teacher, rows, device) else layout
+        # A teacher has something to say of every token, not of the learnt ones alone.
+        taught = parts.train.everywhere() if teacher else parts.train
         job = Job(
             loss,
-            parts.train,
+            taught,
             parts.evaluation,
             layout,
             recipe.train,

@@ -8,6 +8,7 @@ FOLDER/supervised.bin  int64, learnt tokens of each sequence
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ class TokenRows(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence."""
         return np.diff(self._ends)
+
+    def everywhere(self) -> TokenRows:
+        """The same sequences, of which every token is learnt (the first is never a target)."""
+        found = copy.copy(self)
+        found._learnt = np.broadcast_to(np.True_, self._learnt.shape)
+        found.supervised = self.lengths - 1
+        return found
 
     @property
     def largest_id(self) -> int:
