@@ -7,11 +7,14 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tunesmith.cli.govern import keys_app, usage
+from tunesmith.cli.output import print_result
 
 app = typer.Typer(
     name="tunesmith",
@@ -23,6 +26,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure speed and cost.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
+app.add_typer(keys_app, name="keys")
+app.command()(usage)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
@@ -204,7 +209,7 @@ def run(
 
     with _resumable():
         result = run_recipe(recipe, tuple(overrides or ()), discard=discard)
-    _print(result, show, as_json)
+    print_result(result, show, as_json)
 
 
 StoreFolder = Annotated[Path, typer.Option("--store", help="The store's folder.")]
@@ -222,7 +227,7 @@ def show(
     """List artifacts, or show one with its lineage and metrics."""
     from tunesmith.cli import show as views
 
-    _print(*views.show(_open_store(store, ledger), reference, rebuild), as_json)
+    print_result(*views.show(_open_store(store, ledger), reference, rebuild), as_json)
 
 
 @app.command()
@@ -235,7 +240,7 @@ def verify(
     """Hash every file of an artifact and of everything it was made from."""
     from tunesmith.cli import show as views
 
-    _print(*views.verify(_open_store(store, ledger), reference), as_json)
+    print_result(*views.verify(_open_store(store, ledger), reference), as_json)
 
 
 @app.command()
@@ -300,17 +305,7 @@ def _execute(
         raise MissingExtraError(error.name, extra) from error
     with _resumable():
         result = module.run(Stages(recipe, path=str(path)), **arguments)
-    _print(result, module.show, as_json)
-
-
-def _print(result: dict[str, Any], view: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2, default=str))
-        return
-    from rich.console import Console
-
-    # A pipe or a file has no width; folded ids would be of no use there.
-    Console(width=None if sys.stdout.isatty() else 160).print(view(result))
+    print_result(result, module.show, as_json)
 
 
 def _open_store(folder: Path, ledger: str | None) -> Any:

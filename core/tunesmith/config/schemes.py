@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Algorithm = Literal["gptq", "rtn", "awq", "autoround"]
@@ -108,14 +109,41 @@ class Scheme:
         """The devices on which vLLM runs it."""
         return [device for device in DEVICES if device not in self.refused_by]
 
-    def refusal(self, device: str) -> str | None:
-        """Why a device cannot run it, what can, and the nearest scheme for that device; None when
-        it can."""
-        reason = self.refused_by.get(device)
-        if reason is None:
-            return None
+    def devices(self) -> dict[str, str | None]:
+        """Every device, with why it cannot run this: the reason, what can, and the nearest scheme
+        for that device; None where it runs."""
         able = ", ".join(DEVICES[one] for one in self.runs_on())
-        return f"{reason}; it runs on {able}; nearest here: {nearest(self, device).name}"
+        return {
+            device: (
+                f"{self.refused_by[device]}; it runs on {able}; "
+                f"nearest here: {nearest(self, device).name}"
+                if device in self.refused_by
+                else None
+            )
+            for device in DEVICES
+        }
+
+
+def refusal(
+    devices: Mapping[str, str | None], capability: int | None, *, has_amx: bool = False
+) -> str | None:
+    """Why a device cannot run what `devices` describes (the reason by device, None where it runs);
+    None when it can.
+
+    `capability` is the GPU's compute capability (90 for Hopper), None for a CPU. A GPU that is not
+    in the table counts as the nearest older one that is.
+    """
+    if capability is None:
+        return devices.get("cpu_amx" if has_amx and "cpu_amx" in devices else "cpu")
+    known = sorted(int(name.removeprefix("sm_")) for name in devices if name.startswith("sm_"))
+    older = [number for number in known if number <= capability]
+    return devices[f"sm_{older[-1]}"] if older else None
+
+
+def has_amx() -> bool:
+    """Whether this machine's CPU multiplies matrices in hardware, which some kernels need."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and "amx_tile" in cpu.read_text(encoding="utf-8")
 
 
 def nearest(scheme: Scheme, device: str) -> Scheme:

@@ -1,5 +1,6 @@
 """Artifacts, their lineage, versions and aliases."""
 
+from tunesmith.ledger.database import open_database
 from tunesmith.ledger.environment import describe_environment, device_count, gpu_names
 from tunesmith.ledger.index import Index, Row
 from tunesmith.ledger.manifest import Artifact, Cost, Draft, Kind, Manifest, hash_file
@@ -19,4 +20,5 @@ __all__ = [
     "device_count",
     "gpu_names",
     "hash_file",
+    "open_database",
 ]

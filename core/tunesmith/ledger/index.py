@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from tunesmith.config.errors import GateError, TunesmithError, UnknownArtifactError
+from tunesmith.ledger.database import open_database
 from tunesmith.ledger.manifest import Manifest
 
 _OPEN_TIMEOUT_S = 3.0
@@ -84,9 +84,7 @@ class Index:
     """Opened per command; cheap to open, safe to share between processes."""
 
     def __init__(self, url: str) -> None:
-        self._engine: Engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        self._engine = open_database(url)
         deadline_s = time.monotonic() + _OPEN_TIMEOUT_S
         while True:
             # Processes that open a new ledger together collide: in PostgreSQL the second one finds
@@ -260,12 +258,3 @@ class Index:
                 db.execute(_digests.insert().values(path=str(path), stat=stat, sha256=sha256))
         except IntegrityError:
             pass  # another process remembered it at the same moment
-
-
-def _configure_sqlite(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=30000")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()

@@ -18,6 +18,7 @@ from typing import Any
 
 from tunesmith.config import Recipe, TunesmithError, WorkInterrupted, load_recipe
 from tunesmith.ledger import Draft
+from tunesmith.pipeline.files import is_uri
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
 
@@ -68,12 +69,16 @@ def steps(stages: Stages) -> list[Step]:
         made = [stages.evaluation(name) for name in stages.evaluated]
         found.append(Step("eval", ("eval",), tuple(made)))
     if recipe.batch:
-        found.append(Step("batch", ("batch",), (stages.batch(),), (recipe.batch.output,)))
+        found.append(Step("batch", ("batch",), (stages.batch(),), _local(recipe.batch.output)))
     if recipe.bench:
         found.append(
             Step("bench", ("bench", "all"), (stages.bench("batch"), stages.bench("serve")))
         )
     return found
+
+
+def _local(output: str) -> tuple[Path, ...]:
+    return () if is_uri(output) else (Path(output),)
 
 
 def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -> dict[str, Any]:

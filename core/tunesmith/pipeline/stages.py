@@ -14,10 +14,17 @@ from typing import Any
 from tunesmith.config import ModelError, Recipe, UserError, load_recipe, require
 from tunesmith.config.schema.base import Section
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
+from tunesmith.pipeline.batch import adapter_of, digest_adapter, digest_batch
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
 _RECOVER = "+recover"
+# The keys of `batch` that decide the answers.
+_BATCH_ANSWERS = (
+    *("format", "split", "subset", "task", "id_column", "prompt", "messages", "system", "raw"),
+    *("labels", "completion", "structured", "n", "max_tokens", "temperature", "top_p", "stop"),
+    "adapters",
+)
 
 
 class Stages:
@@ -139,6 +146,8 @@ class Stages:
         quantize, data = self.recipe.quantize, self.recipe.data
         if quantize is None or data is None:
             raise UserError(f"{self.path}: this needs quantize and data sections")
+        # Only where they decide something, so that checkpoints made before keep their ids.
+        is_cut_otherwise = data.truncation != "end" and quantize.calibrates(scheme)
         section = {
             "quantize": {
                 "scheme": scheme,
@@ -146,11 +155,22 @@ class Stages:
                 **quantize.choices(scheme),
             },
             "model": _pick(self.recipe.model, "dtype"),
-            "data": _pick(data, "max_length"),
+            "data": _pick(data, "max_length", *(("truncation",) if is_cut_otherwise else ())),
             "seed": self.recipe.seed,
         }
         parents = {"parent": self.unquantized.id, "calibration": self.dataset.id}
-        return self._draft("checkpoint", scheme, section, self._template, parents)
+        return self._draft("checkpoint", scheme, section, self._calibration_inputs(scheme), parents)
+
+    def _calibration_inputs(self, scheme: str) -> dict[str, str]:
+        """Digests of what a checkpoint is made from beside its parents."""
+        quantize = self.recipe.quantize
+        assert quantize
+        text = quantize.calibration_text
+        if isinstance(text, str) or not quantize.calibrates(scheme):
+            return self._template
+        if not text.is_file():
+            raise UserError(f"{self.path}: quantize.calibration_text: no such file: {text}")
+        return {**self._template, "calibration_text": self.store.digest(text)}
 
     def recovered(self, scheme: str) -> Draft:
         """The adapter over one compressed checkpoint that is distilled from its parent."""
@@ -240,16 +260,30 @@ class Stages:
         batch = self.recipe.batch
         if batch is None:
             raise UserError(f"{self.path}: this needs a batch section")
-        if not batch.input.is_file():
-            raise UserError(f"{self.path}: batch.input: no such file: {batch.input}")
         variant, _ = self.variant(batch.model)
         section = {
-            "batch": _pick(batch, "max_tokens", "temperature"),
+            "batch": _given(batch, *_BATCH_ANSWERS),
             "engine": self._engine,
             "seed": self.recipe.seed,
+            # What the columns of the output are.
+            "output": 2,
         }
-        inputs = {"input": self.store.digest(batch.input), **self._template}
-        return self._draft("batch", "batch", section, inputs, self._served(variant))
+        inputs = {"input": digest_batch(self.store, batch), **self._template}
+        parents = self._served(variant)
+        for name, adapter in self.batch_adapters.items():
+            if isinstance(adapter, Path):
+                inputs[f"adapter.{name}"] = digest_adapter(self.store, adapter)
+            elif adapter is not None:
+                parents[f"adapter.{name}"] = adapter.id
+        return self._draft("batch", "batch", section, inputs, parents)
+
+    @cached_property
+    def batch_adapters(self) -> dict[str, Artifact | Draft | Path | None]:
+        """What `batch.adapters` names; None is the model without any."""
+        batch, train = self.recipe.batch, self.recipe.train
+        own = self.trained if train and self.trained.kind == "adapter" else None
+        named = batch.adapters if batch else {}
+        return {name: adapter_of(self.store, value, own) for name, value in named.items()}
 
     def bench(self, mode: str) -> Draft:
         """Speed and cost of every tuned variant on this machine; `mode` is batch or serve."""
@@ -384,6 +418,11 @@ def builtin_recipe(name: str) -> Path:
 
 def _pick(section: Section, *names: str) -> dict[str, Any]:
     return section.model_dump(mode="json", include=set(names))
+
+
+def _given(section: Section, *names: str) -> dict[str, Any]:
+    """Only what is not the default, so that a key which is added later changes no id."""
+    return section.model_dump(mode="json", include=set(names), exclude_defaults=True)
 
 
 def _drop(section: Section, *names: str) -> dict[str, Any]:

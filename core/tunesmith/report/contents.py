@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.config import TunesmithError
+from tunesmith.config import TunesmithError, UserError
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline import Stages
 from tunesmith.statistics import Interval, Rows, compare, level
@@ -208,8 +209,9 @@ def _all(stages: Stages) -> list[Artifact | None]:
         drafts += [stages.trained]
     if recipe.evaluate:
         drafts += [stages.evaluation(name) for name in stages.evaluated]
-    if recipe.batch and recipe.batch.input.is_file():
-        drafts += [stages.batch()]
+    if recipe.batch:
+        with contextlib.suppress(UserError):  # its input may be gone by now
+            drafts += [stages.batch()]
     if recipe.bench:
         drafts += [stages.bench(mode) for mode in BENCH_MODES]
     found = [_found(stages, draft) for draft in drafts]

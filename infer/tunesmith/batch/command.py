@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.batch.generate import generate
-from tunesmith.batch.output import check_output, publish, write_output
+from tunesmith.batch.models import batch_origin, batch_spec
+from tunesmith.batch.output import ERRORS, OUTPUT, write_output
+from tunesmith.batch.publish import check_output, publish
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
-from tunesmith.engine import engine_spec
-from tunesmith.ledger import Artifact, gpu_names, hash_file
+from tunesmith.ledger import Artifact, gpu_names
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.batch import digest_batch
 from tunesmith.terminal import log, make_table
-
-_OUTPUT = "output.jsonl"
-_ERRORS = "errors.jsonl"
 
 
 def run(stages: Stages) -> dict[str, Any]:
@@ -32,9 +31,8 @@ def run(stages: Stages) -> dict[str, Any]:
     check_output(section)
     found = stages.store.find(draft.id)
     artifact = found or _make(stages, section)
-    entry = artifact.manifest.files[_OUTPUT]
-    if not section.output.exists() or hash_file(section.output) != entry.sha256:
-        publish(artifact.root / _OUTPUT, section.output)
+    entry = artifact.manifest.files[OUTPUT]
+    if publish(artifact.root / OUTPUT, entry.sha256, section):
         log(f"batch: wrote {section.output}")
     metrics = artifact.manifest.metrics
     failed = sum(metrics["errors"].values())
@@ -43,13 +41,13 @@ def run(stages: Stages) -> dict[str, Any]:
         raise GateError(
             f"{failed} of {metrics['rows']} rows have no answer ({kinds}), more than "
             f"batch.max_error_rate {section.max_error_rate:g} allows; the other answers are in "
-            f"{section.output}, the reasons in {artifact.root / _ERRORS}"
+            f"{section.output}, the reasons in {artifact.root / ERRORS}"
         )
     return {
         "id": artifact.id,
         "reused": found is not None,
-        "output": str(section.output),
-        "errors_file": str(artifact.root / _ERRORS),
+        "output": section.output,
+        "errors_file": str(artifact.root / ERRORS),
         **metrics,
     }
 
@@ -76,7 +74,7 @@ def show(result: dict[str, Any]) -> Any:
 def _make(stages: Stages, section: Batch) -> Artifact:
     """Read all rows once to check them, answer those that can be, and write the artifact."""
     draft = stages.batch()
-    spec = engine_spec(stages, section.model)
+    spec = batch_spec(stages, section)
     variant, _ = stages.variant(section.model)
     total = valid = 0
     for row in read_rows(section):
@@ -90,8 +88,8 @@ def _make(stages: Stages, section: Batch) -> Artifact:
         load_s = 0.0
         if shards.count < valid:
             load_s = generate(section, spec, shards, valid, usd_per_s)
-        totals = write_output(section, shards, work.out)
-        if stages.store.digest(section.input) != draft.inputs["input"]:
+        totals = write_output(section, shards, work.out, batch_origin(stages, section, usd_per_s))
+        if digest_batch(stages.store, section) != draft.inputs["input"]:
             raise DataError(
                 f"batch.input: {section.input} changed while it was read; leave it as it is and "
                 "run the same command again"
@@ -103,6 +101,7 @@ def _make(stages: Stages, section: Batch) -> Artifact:
             "answered": totals.rows - totals.errors.total(),
             "errors": dict(totals.errors.most_common()),
             "prompt_tokens": totals.prompt_tokens,
+            "cached_tokens": totals.cached_tokens,
             "output_tokens": tokens,
             "load_s": round(load_s, 3),
             "generation_s": round(seconds, 3),

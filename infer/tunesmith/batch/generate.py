@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from tunesmith.batch.rows import ErrorType, read_rows
+from tunesmith.batch.errors import RowError, refusal
+from tunesmith.batch.requests import RequestMaker
+from tunesmith.batch.results import result_of, share_seconds
+from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
-from tunesmith.chat import ChatTemplate
-from tunesmith.config import DataError
 from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import (
     Answer,
     EngineSpec,
     Request,
     close_llm,
-    lora_request,
     open_llm,
     prepare_process,
     stream,
@@ -42,9 +41,7 @@ def generate(
     started_s = time.monotonic()
     llm = open_llm(spec)
     load_s = time.monotonic() - started_s
-    template = ChatTemplate.load(
-        spec.model, spec.chat_template, trust_remote_code=spec.trust_remote_code
-    )
+    maker = RequestMaker.open(spec, llm.model_config.max_model_len)
     size = spec.settings.max_num_seqs
     with (
         progress_bar("batch", total) as bar,
@@ -52,53 +49,33 @@ def generate(
     ):
         bar.advance(shards.count)
         rate = _Rate(usd_per_s)
-        prompts = _prompts(section, spec, shards, template, llm.model_config.max_model_len, writer)
-        answers = stream(
-            llm,
-            prompts,
-            window=2 * size,
-            lora_request=lora_request(spec),
-            stop_token_id=template.end_of_turn_id,
-        )
-        for index, answer in answers:
-            if isinstance(answer, Answer):
-                writer.add(index, asdict(answer))
-            else:
-                writer.fail(index, "refused", str(answer))
-            bar.advance(1, rate.note(answer, writer.errors))
+        opened: dict[int, Request] = {}
+        requests = _requests(section, shards, maker, writer, opened)
+        for index, made in stream(llm, requests, window=2 * size, spec=spec):
+            request = opened.pop(index)
+            writer.add(index, refusal(request, made) if isinstance(made, Exception) else made)
+            bar.advance(1, rate.note(made, writer.errors))
     close_llm(llm)
     return load_s
 
 
-def _prompts(
+def _requests(
     section: Batch,
-    spec: EngineSpec,
     shards: Shards,
-    template: ChatTemplate,
-    max_model_len: int,
+    maker: RequestMaker,
     writer: _Writer,
+    opened: dict[int, Request],
 ) -> Iterator[Request]:
     """What the engine can take of the rows that are left; the writer gets the others."""
     for row in read_rows(section):
         if row.error or row.index in shards:
             continue
-        try:
-            prompt_ids = template.prompt_ids(row.messages)
-        except (DataError, TypeError, ValueError) as error:
-            writer.fail(row.index, "invalid_messages", str(error))
-            continue
-        room = max_model_len - len(prompt_ids)
-        if room < 1:
-            detail = f"{len(prompt_ids)} tokens; the model takes {max_model_len} with the answer"
-            writer.fail(row.index, "prompt_too_long", detail)
-            continue
-        yield Request(
-            key=row.index,
-            prompt_ids=prompt_ids,
-            max_tokens=min(row.max_tokens, room),
-            temperature=row.temperature,
-            seed=spec.seed + row.index,
-        )
+        made = maker.request(row.index, row.ask)
+        if isinstance(made, RowError):
+            writer.add(row.index, made)
+        else:
+            opened[row.index] = made
+            yield made
 
 
 class _Writer:
@@ -122,21 +99,22 @@ class _Writer:
         if not isinstance(error, OSError):  # a disk that is full will not take this either
             self._commit()
 
-    def add(self, index: int, result: dict[str, Any]) -> None:
-        self._pending.append((index, result))
+    def add(self, index: int, made: Answer | RowError) -> None:
+        self.errors += isinstance(made, RowError)
+        self._pending.append((index, result_of(made)))
         waited_s = time.monotonic() - self._committed_s
         if len(self._pending) >= self._size or waited_s >= _COMMIT_INTERVAL_S:
             self._commit()
-
-    def fail(self, index: int, kind: ErrorType, detail: str) -> None:
-        self.errors += 1
-        self.add(index, {"error": {"type": kind, "detail": detail}})
 
     def _commit(self) -> None:
         if not self._pending:
             return
         now_s = time.monotonic()
-        self._shards.commit(self._pending, now_s - self._committed_s)
+        seconds = now_s - self._committed_s
+        shares = share_seconds([result for _, result in self._pending], seconds)
+        for (_, result), share in zip(self._pending, shares, strict=True):
+            result["device_s"] = round(share, 9)
+        self._shards.commit(self._pending, seconds)
         self._pending, self._committed_s = [], now_s
 
 

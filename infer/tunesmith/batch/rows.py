@@ -1,180 +1,114 @@
-"""Input rows: read one line at a time, checked, and typed when they are wrong."""
+"""Input rows: read one at a time, named, and typed when they are wrong."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import chain, islice
+from typing import Any
 
-from tunesmith.config import DataError
+from tunesmith.batch.columns import ask_of_columns
+from tunesmith.batch.errors import Invalid, RowError, quote
+from tunesmith.batch.openai import ask_of_call, is_call, is_embeddings
+from tunesmith.batch.requests import Ask
+from tunesmith.batch.sources import Record, read_records
 from tunesmith.config.schema.batch import Batch
 
-ErrorType = Literal[
-    "malformed_line",
-    "missing_prompt",
-    "invalid_messages",
-    "invalid_parameter",
-    "invalid_id",
-    "duplicate_id",
-    "prompt_too_long",
-    "refused",
-]
-_LONGEST_QUOTE = 200
-
-
-@dataclass(frozen=True)
-class RowError:
-    """Why a row has no answer."""
-
-    type: ErrorType
-    detail: str
+_LOOK_AHEAD_ROWS = 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the input."""
+    """One row of the input."""
 
     index: int
     """Position among the rows, from 0."""
 
     line: int
-    """Line of the file, from 1."""
+    """Line of the file, from 1; the number of the row in files that have no lines."""
 
     id: str | int
     columns: Mapping[str, Any]
-    """The row as it was written; empty when the line is not a JSON object."""
+    """The row as it was written; empty when it could not be read."""
 
-    messages: list[dict[str, Any]]
-    max_tokens: int
-    temperature: float
+    ask: Ask
+    """What the row wants; nothing where there is an error."""
+
+    file: str | None = None
+    """Where the line is, when the input is several files."""
+
+    is_call: bool = False
+    """Whether the input is of the OpenAI Batch API."""
+
     error: RowError | None = None
 
 
-class _Invalid(Exception):
-    def __init__(self, kind: ErrorType, detail: str) -> None:
-        self.error = RowError(kind, detail)
+@dataclass(frozen=True)
+class Form:
+    """How the rows of an input say what they want."""
+
+    is_openai: bool = False
+    """They are requests of the OpenAI Batch API."""
+
+    embeds: bool = False
+    """They want embeddings, for which the engine runs the model in another way."""
+
+
+def find_form(section: Batch) -> Form:
+    """The form of the input: what the recipe says, else what the first good row is."""
+    return _form([*islice(read_records(section), _LOOK_AHEAD_ROWS)], section)
+
+
+def _form(head: Sequence[tuple[str | None, Record]], section: Batch) -> Form:
+    columns = (record.columns for _, record in head)
+    first = next((found for found in columns if not isinstance(found, RowError)), {})
+    is_found = section.format is None and not section.column_keys and is_call(first)
+    is_openai = section.format == "openai" or is_found
+    embeds = is_embeddings(first) if is_openai else section.task == "embed"
+    return Form(is_openai, embeds)
 
 
 def read_rows(section: Batch) -> Iterator[Row]:
     """Every row in order, good or bad; lines of white space are not rows.
 
-    Raises DataError when the file cannot be read.
+    Raises DataError when the input cannot be read.
     """
+    records = read_records(section)
+    head = [*islice(records, _LOOK_AHEAD_ROWS)]
+    form = _form(head, section)
     seen: set[int] = set()
-    index = 0
-    try:
-        with section.input.open("rb") as file:
-            for line, raw in enumerate(file, 1):
-                raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-                if not raw.strip():
-                    continue
-                row = _row(index, line, raw, section)
-                # A row without an id is called after its line, which a later id may clash with.
-                digest = hash(str(row.id))
-                if digest in seen and row.error is None:
-                    detail = f"an earlier row has the id {row.id!r} too"
-                    row = replace(row, error=RowError("duplicate_id", detail))
-                seen.add(digest)
-                yield row
-                index += 1
-    except OSError as error:
-        raise DataError(f"batch.input: cannot read {section.input}: {error.strerror}") from error
+    for index, (file, record) in enumerate(chain(head, records)):
+        row = _row(index, file, record, section, form)
+        # A row without an id is called after its line, which a later id may clash with.
+        digest = hash(str(row.id))
+        if digest in seen and row.error is None:
+            detail = f"an earlier row has the id {row.id!r} too"
+            row = replace(row, error=RowError("duplicate_id", detail))
+        seen.add(digest)
+        yield row
 
 
-def _row(index: int, line: int, raw: bytes, section: Batch) -> Row:
-    row = Row(index, line, f"line-{line}", {}, [], section.max_tokens, section.temperature)
+def _row(index: int, file: str | None, record: Record, section: Batch, form: Form) -> Row:
+    name = f"{file}:{record.line}" if file else f"line-{record.line}"
+    row = Row(index, record.line, name, {}, Ask(), file, form.is_openai)
+    if isinstance(record.columns, RowError):
+        return replace(row, error=record.columns)
+    row = replace(row, columns=record.columns)
     try:
-        row = replace(row, columns=_object(raw))
-        row = replace(row, id=_id(row))
-        return replace(
-            row,
-            messages=_messages(row.columns),
-            max_tokens=_max_tokens(row.columns.get("max_tokens"), section),
-            temperature=_temperature(row.columns.get("temperature"), section),
-        )
-    except _Invalid as invalid:
+        row = replace(row, id=_id(row, "custom_id" if form.is_openai else section.id_column))
+        if form.is_openai:
+            return replace(row, ask=ask_of_call(row.columns, section, embeds=form.embeds))
+        return replace(row, ask=ask_of_columns(row.columns, section))
+    except Invalid as invalid:
         return replace(row, error=invalid.error)
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise _Invalid("malformed_line", f"not UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise _Invalid("malformed_line", f"not JSON: {error or 'nested too deeply'}") from error
-    if not isinstance(value, dict):
-        raise _Invalid("malformed_line", f"not a JSON object but {_quote(value)}")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _id(row: Row) -> str | int:
-    value = row.columns.get("id")
+def _id(row: Row, column: str) -> str | int:
+    value = row.columns.get(column)
     if value is None:
         return row.id
     if value == "" or isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _Invalid("invalid_id", f"id must be a text or a whole number, not {_quote(value)}")
-    return value
-
-
-def _messages(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The conversation to answer; a plain prompt is its one user turn."""
-    prompt, messages = columns.get("prompt"), columns.get("messages")
-    if prompt is not None and messages is not None:
-        raise _Invalid("invalid_messages", "it has both prompt and messages; give one of them")
-    if messages is None:
-        if prompt is None:
-            raise _Invalid("missing_prompt", "it has neither prompt nor messages")
-        if not isinstance(prompt, str) or not prompt:
-            raise _Invalid("missing_prompt", f"prompt must be a text, not {_quote(prompt)}")
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(messages, list) or not messages:
-        raise _Invalid("invalid_messages", "messages must be a list with at least one message")
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Invalid("invalid_messages", f"messages[{at}] has no role")
-        if not _is_content(message):
-            raise _Invalid("invalid_messages", f"messages[{at}] has no text as its content")
-    return messages
-
-
-def _is_content(message: Mapping[str, Any]) -> bool:
-    """A text, or a list of text parts; an assistant turn may have tool calls in its place."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return all(
-            isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
-            for part in content
-        )
-    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
-
-
-def _max_tokens(value: Any, section: Batch) -> int:
-    if value is None:
-        return section.max_tokens
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _Invalid(
-            "invalid_parameter", f"max_tokens must be a whole number above 0, not {_quote(value)}"
+        raise Invalid(
+            "invalid_id", f"{column} must be a text or a whole number, not {quote(value)}"
         )
     return value
-
-
-def _temperature(value: Any, section: Batch) -> float:
-    if value is None:
-        return section.temperature
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise _Invalid(
-            "invalid_parameter", f"temperature must be a number from 0 up, not {_quote(value)}"
-        )
-    return float(value)
-
-
-def _quote(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"

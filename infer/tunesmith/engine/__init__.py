@@ -4,14 +4,17 @@ Nothing here imports it before an engine is opened.
 """
 
 from tunesmith.engine.offline import close_llm, lora_request, open_llm, prepare_process
+from tunesmith.engine.requests import Answer, Kind, Output, Request
 from tunesmith.engine.server import EngineServer
 from tunesmith.engine.spec import EngineSpec, engine_spec
-from tunesmith.engine.stream import Answer, Request, stream
+from tunesmith.engine.stream import stream
 
 __all__ = [
     "Answer",
     "EngineServer",
     "EngineSpec",
+    "Kind",
+    "Output",
     "Request",
     "close_llm",
     "engine_spec",

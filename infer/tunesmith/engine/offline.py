@@ -64,13 +64,18 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
             raise start_failure(text, spec) from error
 
 
-def lora_request(spec: EngineSpec) -> Any:
-    """What `LLM.generate` needs to apply the spec's adapter; None for a whole model."""
-    if spec.adapter is None:
+def lora_request(spec: EngineSpec, name: str | None = None) -> Any:
+    """What vLLM needs to apply one of the spec's `adapters`, or its own `adapter` when None.
+
+    None where the whole model answers.
+    """
+    path = spec.adapters[name] if name else spec.adapter
+    if path is None:
         return None
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(spec.served_name, 1, str(spec.adapter))
+    # By folder: two names of one folder are one adapter to the engine and to its prefix cache.
+    return LoRARequest(str(path), 1 + spec.all_adapters.index(path), str(path))
 
 
 def close_llm(llm: Any) -> None:

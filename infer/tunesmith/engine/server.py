@@ -149,6 +149,8 @@ class EngineServer:
             "served_model_name": spec.served_name,
             "shutdown_timeout": self._drain_timeout_s,
             "disable_uvicorn_access_log": True,
+            # Tokens that the prefix cache had are told apart in the usage.
+            "enable_prompt_tokens_details": True,
         }
         if spec.chat_template:
             arguments["chat_template"] = str(spec.chat_template)

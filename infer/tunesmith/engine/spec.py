@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from tunesmith.pipeline import Stages
 
 # The ranks that vLLM has room for (`vllm.config.lora.MaxLoRARanks`).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# More of them in one step cost memory for each; those beyond are swapped in.
+_ADAPTERS_AT_ONCE = 4
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -32,11 +36,24 @@ class EngineSpec:
     adapter: Path | None = None
     """Folder of a LoRA adapter to apply to every request."""
 
+    adapters: Mapping[str, Path | None] = field(default_factory=dict)
+    """Folders of further adapters by the names that single requests ask for; None is the model
+    without any."""
+
+    embeds: bool = False
+    """Whether the model gives embeddings in place of answers."""
+
     chat_template: Path | None = None
     """Jinja file to use in place of the tokenizer's own template."""
 
     seed: int = 0
     trust_remote_code: bool = False
+
+    @property
+    def all_adapters(self) -> tuple[Path, ...]:
+        """Each folder once, the spec's own first."""
+        found = [self.adapter, *self.adapters.values()]
+        return tuple(dict.fromkeys(path for path in found if path))
 
 
 def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
@@ -111,24 +128,27 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }
-    if spec.adapter:
+    if spec.embeds:
+        arguments |= {"runner": "pooling", "convert": "embed"}
+    if adapters := spec.all_adapters:
         arguments |= {
             "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": _lora_rank(spec.adapter),
+            "max_loras": min(len(adapters), _ADAPTERS_AT_ONCE),
+            "max_cpu_loras": len(adapters),
+            "max_lora_rank": max(map(_lora_rank, adapters)),
             # Without this vLLM also wraps the output head, after which it computes the
             # log-probabilities of prompts wrongly or stops (vllm#29955, vllm#51594).
-            "lora_target_modules": _adapted_modules(spec.adapter),
+            "lora_target_modules": sorted({*chain.from_iterable(map(_adapted_modules, adapters))}),
         }
     return arguments
 
 
-def _adapted_modules(adapter: Path) -> list[str]:
+def _adapted_modules(adapter: Path) -> set[str]:
     """Last parts of the names of the layers that the adapter changes."""
     safetensors = require("safetensors", "infer")
     with safetensors.safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
         layers = {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
-    return sorted({layer.rpartition(".")[2] for layer in layers})
+    return {layer.rpartition(".")[2] for layer in layers}
 
 
 def _lora_rank(adapter: Path) -> int:

@@ -1,83 +1,70 @@
-"""Prompts in, answers out as they are done, with the engine kept full from a bounded window."""
+"""Requests in, answers out as they are done, with the engine kept full from a bounded window."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt for the engine."""
-
-    key: int
-    """What its answer is called; no two open requests share one."""
-
-    prompt_ids: list[int]
-    max_tokens: int
-    temperature: float
-    seed: int
+from tunesmith.engine.offline import lora_request
+from tunesmith.engine.requests import Answer, Request, answer, calls
+from tunesmith.engine.spec import EngineSpec
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the engine made of one prompt."""
+@dataclass
+class _Open:
+    """A request in the engine, with the results of those of its calls that have ended."""
 
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    output_tokens: int
+    request: Request
+    calls: int
+    results: dict[int, Any] = field(default_factory=dict)
 
 
 def stream(
-    llm: Any, requests: Iterable[Request], *, window: int, lora_request: Any, stop_token_id: int
+    llm: Any, requests: Iterable[Request], *, window: int, spec: EngineSpec
 ) -> Iterator[tuple[int, Answer | Exception]]:
     """Answers by key, in the order in which they finish; the exception where vLLM refused one.
 
     At most `window` requests are in the engine at a time, and `requests` is read no further.
     """
-    from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.inputs.engine import tokens_input
-    from vllm.sampling_params import RequestOutputKind
 
     engine = llm.llm_engine
     waiting = iter(requests)
     is_exhausted = False
+    opened: dict[int, _Open] = {}
     while True:
-        while not is_exhausted and engine.get_num_unfinished_requests() < window:
+        while not is_exhausted and len(opened) < window:
             request = next(waiting, None)
             if request is None:
                 is_exhausted = True
                 break
+            sent = []
             try:
-                params = SamplingParams(
-                    max_tokens=request.max_tokens,
-                    temperature=request.temperature,
-                    seed=request.seed if request.temperature > 0 else None,
-                    stop_token_ids=[stop_token_id],
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                engine.add_request(
-                    str(request.key),
-                    tokens_input(request.prompt_ids),
-                    params,
-                    lora_request=lora_request,
-                )
+                lora = lora_request(spec, request.adapter)
+                parts = calls(request)
+                for at, (prompt_ids, params) in enumerate(parts):
+                    name = f"{request.key}/{at}"
+                    sent.append(
+                        engine.add_request(
+                            name, tokens_input(prompt_ids), params, lora_request=lora
+                        )
+                    )
+                opened[request.key] = _Open(request, len(parts))
             except (ValueError, VLLMClientError) as error:
+                engine.abort_request(sent, internal=True)
                 yield request.key, error
-        if not engine.has_unfinished_requests():
+        if not opened:
             return
         for output in engine.step():
-            if output.finished:
-                made = output.outputs[0]
-                yield (
-                    int(output.request_id),
-                    Answer(
-                        text=made.text,
-                        finish_reason=made.finish_reason or "abort",
-                        prompt_tokens=len(output.prompt_token_ids),
-                        output_tokens=len(made.token_ids),
-                    ),
-                )
+            if not output.finished:
+                continue
+            key, _, at = output.request_id.partition("/")
+            if (held := opened.get(int(key))) is None:
+                continue
+            held.results[int(at)] = output
+            if len(held.results) == held.calls:
+                del opened[held.request.key]
+                results = [held.results[part] for part in range(held.calls)]
+                yield held.request.key, answer(held.request, results)

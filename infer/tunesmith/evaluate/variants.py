@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tunesmith.config.schemes import has_amx, refusal
 from tunesmith.engine import EngineSpec, close_llm, engine_spec, lora_request, open_llm
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.evaluate.heldout import hold_out
 from tunesmith.evaluate.measure import Engine, measure
-from tunesmith.evaluate.refusal import refusal
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.rows import sample_rows
@@ -31,7 +31,7 @@ def refused(stages: Stages, name: str) -> str | None:
     """Why the engine of this machine cannot run a variant; None when it can."""
     loaded = stages.served_over(name) or stages.variants[name]
     devices = stages.made(loaded).manifest.metrics.get("devices")
-    return refusal(devices, _capability()) if devices else None
+    return refusal(devices, _capability(), has_amx=has_amx()) if devices else None
 
 
 def measure_variant(stages: Stages, name: str) -> Artifact:

@@ -18,6 +18,11 @@ from tunesmith.engine import EngineServer, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
 from tunesmith.serve.gateway import Gateway
+from tunesmith.serve.govern.database import open_gateway
+from tunesmith.serve.govern.governance import Governance
+from tunesmith.serve.govern.journal import Journal
+from tunesmith.serve.govern.measure import Measure
+from tunesmith.serve.govern.price import find_price
 from tunesmith.serve.listen import bind, read_key, url_of
 from tunesmith.serve.supervisor import Supervisor
 from tunesmith.terminal import log, make_table
@@ -38,10 +43,29 @@ def run(stages: Stages) -> dict[str, Any]:
         log(f"serve: loading {variant} ({draft.id}); the engine's log is {log_path}")
         started_s = time.monotonic()
         supervisor = Supervisor(server)
-        gateway = Gateway(
-            supervisor, model_name=spec.served_name, artifact_id=draft.id, api_key=api_key
-        )
-        asyncio.run(_serve(section, listener, supervisor, gateway))
+        folder = stages.store.folder / "serve"
+        database = open_gateway(stages.store.folder)
+        with Journal(database, folder, rows_per_file=section.log.rows_per_file) as journal:
+            governance = Governance(
+                section,
+                database,
+                journal,
+                Measure.load(
+                    spec.model, spec.chat_template, trust_remote_code=spec.trust_remote_code
+                ),
+                artifact_id=draft.id,
+                price=find_price(stages, variant),
+            )
+            gateway = Gateway(
+                supervisor,
+                governance,
+                model_name=spec.served_name,
+                artifact_id=draft.id,
+                api_key=api_key,
+                asks_keys=section.keys,
+                max_open_requests=section.max_open_requests,
+            )
+            asyncio.run(_serve(section, listener, supervisor, gateway))
     return {
         "id": draft.id,
         "variant": variant,
@@ -49,6 +73,7 @@ def run(stages: Stages) -> dict[str, Any]:
         "url": url_of(section),
         "requests": gateway.requests,
         "engine_restarts": supervisor.restarts,
+        "log_dropped": journal.dropped,
         "seconds": round(time.monotonic() - started_s, 3),
     }
 
@@ -60,6 +85,7 @@ def show(result: dict[str, Any]) -> Any:
         ("artifact", result["id"]),
         ("requests", f"{result['requests']:,}"),
         ("engine restarts", result["engine_restarts"]),
+        ("lines of the request log lost", result["log_dropped"]),
         ("seconds", f"{result['seconds']:,.1f}"),
     ]
     return make_table("Served", ("", result["variant"]), rows)

@@ -11,12 +11,24 @@ from tunesmith.terminal import log
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     502: "server_error",
     503: "service_unavailable_error",
 }
+
+
+class ApiError(Exception):
+    """A request that the gateway itself refuses."""
+
+    def __init__(
+        self, status: int, message: str, code: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
@@ -38,6 +50,8 @@ async def shape_errors(request: web.Request, handler: Any) -> web.StreamResponse
     try:
         response: web.StreamResponse = await handler(request)
         return response
+    except ApiError as error:
+        return error_response(error.status, error.message, error.code, error.headers)
     except web.HTTPRequestEntityTooLarge as error:
         return error_response(413, f"the body is too large: {error.text}")
     except web.HTTPException as error:

@@ -5,34 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 from aiohttp import web
 
-from tunesmith.serve.errors import error_body, error_response, shape_errors
+from tunesmith.serve.errors import ApiError, shape_errors
+from tunesmith.serve.govern.governance import Governance, Visit
+from tunesmith.serve.govern.keys import Key
+from tunesmith.serve.govern.usage import Ask, read_ask
+from tunesmith.serve.relay import RETRY_AFTER_S, lost, relay
 from tunesmith.serve.supervisor import Supervisor
 
 _LARGEST_BODY_BYTES = 32 * 2**20
-_RETRY_AFTER_S = "5"
-_TO_ENGINE = ("Content-Type", "Accept", "X-Request-Id")
-_TO_CLIENT = ("Content-Type", "X-Request-Id", "Retry-After", "Cache-Control")
-_EVENTS = "text/event-stream"
-_LOST = "the engine stopped before the answer was complete; send the request again"
+_TO_ENGINE = ("Content-Type", "Accept")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_RELOAD_INTERVAL_S = 0.5
 
 
 class Gateway:
     """One model behind the OpenAI API."""
 
     def __init__(
-        self, supervisor: Supervisor, *, model_name: str, artifact_id: str, api_key: str | None
+        self,
+        supervisor: Supervisor,
+        governance: Governance,
+        *,
+        model_name: str,
+        artifact_id: str,
+        api_key: str | None = None,
+        asks_keys: bool = False,
+        max_open_requests: int = 0,
     ) -> None:
         self._supervisor = supervisor
+        self._governance = governance
         self._model_name = model_name
         self._artifact_id = artifact_id
         self._api_key = api_key.encode() if api_key else None
+        self._asks_keys = asks_keys
+        self._max_open = max_open_requests
+        self._max_model_len: int | None = None
         self._created = int(time.time())
         self._open = 0
         self._idle = asyncio.Event()
@@ -47,11 +62,12 @@ class Gateway:
         app = web.Application(middlewares=[shape_errors], client_max_size=_LARGEST_BODY_BYTES)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
-        app.cleanup_ctx.append(self._session)
+        app.cleanup_ctx.extend((self._session, self._fresh_keys))
         return app
 
     async def drain(self, timeout_s: float) -> bool:
@@ -73,6 +89,19 @@ class Gateway:
         ) as self._engine:
             yield
 
+    async def _fresh_keys(self, _app: web.Application) -> AsyncIterator[None]:
+        """Learn of keys that are made or revoked while this runs."""
+
+        async def reload() -> None:
+            while True:
+                await asyncio.sleep(_RELOAD_INTERVAL_S)
+                await asyncio.to_thread(self._governance.reload)
+
+        task = asyncio.create_task(reload()) if self._asks_keys else None
+        yield
+        if task:
+            task.cancel()
+
     async def _name_artifact(self, _request: web.Request, response: web.StreamResponse) -> None:
         response.headers["x-tunesmith-artifact"] = self._artifact_id
 
@@ -82,12 +111,18 @@ class Gateway:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         """Whether a request sent now would be answered."""
-        refusal = self._not_ready()
-        return refusal or web.json_response({"status": "ready", "model": self._model_name})
+        self._check_ready()
+        return web.json_response({"status": "ready", "model": self._model_name})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        """For Prometheus, which can be given a key to send."""
+        self._caller(request)
+        is_ready = self._supervisor.is_ready and not self._is_draining
+        text = self._governance.metrics.text(open_requests=self._open, is_ready=is_ready)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, request: web.Request) -> web.Response:
-        if refusal := self._refused(request):
-            return refusal
+        self._caller(request)
         model = {
             "id": self._model_name,
             "object": "model",
@@ -100,47 +135,78 @@ class Gateway:
         if asked == self._model_name:
             return web.json_response(model)
         message = f"no model {asked!r} here; there is {self._model_name!r}"
-        return error_response(404, message, "model_not_found")
+        raise ApiError(404, message, "model_not_found")
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         """Pass one request to the engine and its answer back, chunk by chunk as it comes."""
-        if refusal := self._refused(request) or self._not_ready():
-            return refusal
-        with self._counted():
-            body = await request.read()
-            url = f"{self._supervisor.server.url}/{request.match_info['path']}"
-            headers = {
-                name: request.headers[name] for name in _TO_ENGINE if name in request.headers
-            }
-            try:
-                answer = await self._engine.request(
-                    request.method, url, params=request.query, data=body, headers=headers
-                )
-            except aiohttp.ClientError:
-                return _lost()
-            async with answer:
-                return await _relay(request, answer)
+        given = request.headers.get("X-Request-Id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        visit = Visit(request_id, request.method, request.match_info["path"], None, Ask(b""))
+        with self._governance.visit(visit):
+            visit.key = self._caller(request)
+            self._check_ready()
+            self._check_room()
+            with self._counted():
+                visit.ask = read_ask(visit.path, await request.read())
+                if visit.key:
+                    await self._governance.admit(visit, await self._model_len())
+                return await self._answer(request, visit)
 
-    def _refused(self, request: web.Request) -> web.Response | None:
-        """The answer to a request without the right key."""
-        if self._api_key is None:
+    async def _answer(self, request: web.Request, visit: Visit) -> web.StreamResponse:
+        url = f"{self._supervisor.server.url}/{visit.path}"
+        headers = {name: request.headers[name] for name in _TO_ENGINE if name in request.headers}
+        try:
+            answer = await self._engine.request(
+                request.method,
+                url,
+                params=request.query,
+                data=visit.ask.body,
+                headers=headers | {"X-Request-Id": visit.request_id},
+            )
+        except aiohttp.ClientError:
+            return lost(visit)
+        async with answer:
+            return await relay(request, answer, visit, keep=self._governance.keeps_payload)
+
+    async def _model_len(self) -> int:
+        """The longest prompt and answer together, as the engine says; it is asked once."""
+        if self._max_model_len is None:
+            async with self._engine.get(f"{self._supervisor.server.url}/models") as answer:
+                (model, *_) = (await answer.json())["data"]
+                self._max_model_len = int(model["max_model_len"])
+        return self._max_model_len
+
+    def _caller(self, request: web.Request) -> Key | None:
+        """The key that a request shows; None where it needs none. Raises ApiError on others."""
+        if self._api_key is None and not self._asks_keys:
             return None
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._api_key)
-        if is_right and scheme.lower() == "bearer":
-            return None
+        if scheme.lower() == "bearer":
+            text = given.strip()
+            if self._api_key and hmac.compare_digest(
+                text.encode("utf-8", "replace"), self._api_key
+            ):
+                return None
+            if self._asks_keys and (key := self._governance.find(text)):
+                return key
         message = "a wrong API key, or none; send it as: Authorization: Bearer KEY"
-        return error_response(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
-    def _not_ready(self) -> web.Response | None:
-        """The answer while there is no engine to ask, or no longer one for new requests."""
+    def _check_ready(self) -> None:
+        """Raises ApiError while there is no engine to ask, or no longer one for new requests."""
         if self._is_draining:
             message, code = "the server is shutting down", "shutting_down"
         elif not self._supervisor.is_ready:
             message, code = f"{self._model_name} is being loaded; try again soon", "loading"
         else:
-            return None
-        return error_response(503, message, code, {"Retry-After": _RETRY_AFTER_S})
+            return
+        raise ApiError(503, message, code, {"Retry-After": RETRY_AFTER_S})
+
+    def _check_room(self) -> None:
+        """Raises ApiError while as many requests are open as may be: to wait helps nobody."""
+        if self._max_open and self._open >= self._max_open:
+            message = f"{self._open} requests are open, as many as may be; try again soon"
+            raise ApiError(429, message, "overloaded", {"Retry-After": "1"})
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -153,33 +219,3 @@ class Gateway:
             self._open -= 1
             if not self._open:
                 self._idle.set()
-
-
-async def _relay(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    """The engine's answer to the client, each piece as soon as it is there."""
-    headers = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
-    response = web.StreamResponse(status=answer.status, headers=headers)
-    response.content_length = answer.content_length
-    try:
-        first = await answer.content.readany()
-    except aiohttp.ClientError:
-        return _lost()
-    await response.prepare(request)
-    await response.write(first)
-    try:
-        async for chunk in answer.content.iter_any():
-            await response.write(chunk)
-    except aiohttp.ClientPayloadError:
-        if answer.content_type != _EVENTS:
-            # The client knows the length, so a closed connection tells it.
-            if request.transport:
-                request.transport.abort()
-            return response
-        event = json.dumps(error_body(502, _LOST, "engine_unavailable"))
-        await response.write(f"data: {event}\n\n".encode())
-    await response.write_eof()
-    return response
-
-
-def _lost() -> web.Response:
-    return error_response(502, _LOST, "engine_unavailable", {"Retry-After": _RETRY_AFTER_S})

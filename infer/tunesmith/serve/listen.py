@@ -15,11 +15,12 @@ def read_key(section: Serve) -> str | None:
     """The key that clients must send. Raises UserError where one is due and there is none."""
     name = section.api_key_env
     if name is None:
-        if not _is_loopback(section.host):
+        if not section.keys and not _is_loopback(section.host):
             raise UserError(
                 f"serve.host: {section.host} can be reached from other machines, so clients must "
-                "show a key: put one into an environment variable and name that in "
-                "serve.api_key_env, or serve on 127.0.0.1"
+                "show a key: set serve.keys: true and make some with tunesmith keys create, or put "
+                "one into an environment variable and name that in serve.api_key_env, or serve on "
+                "127.0.0.1"
             )
         return None
     key = os.environ.get(name, "").strip()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.config import UserError
+from tunesmith.config.schemes import has_amx, refusal
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
-from tunesmith.pipeline.rows import sample_rows
-from tunesmith.quantize.calibration import Calibration, calibrate_on
+from tunesmith.quantize.calibration import calibration_of
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
 from tunesmith.quantize.compress import compress
 from tunesmith.quantize.modules import Selection
@@ -59,8 +59,12 @@ def _make(stages: Stages, name: str) -> Artifact:
     assert recipe.quantize
     method = Method.of(recipe.quantize, name)
     parent = stages.made(stages.unquantized)
-    calibration = _calibration(stages, parent) if method.calibrated else None
+    calibration = None
+    if method.calibrated:
+        calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
     draft = stages.quantized(method.name)
+    if recipe.quantize.device is None and (reason := _refused_here(method)):
+        log(f"{name} will not run in vLLM on this machine: {reason}")
     log(f"{method.name}: quantizing {parent.id}")
     with stages.store.write(draft, recipe) as work:
         done = compress(
@@ -83,24 +87,18 @@ def _make(stages: Stages, name: str) -> Artifact:
             "calibration": calibration.counts() if calibration else None,
             "seconds": done.seconds,
             "warnings": done.warnings,
-            "devices": {device: method.scheme.refused_by.get(device) for device in DEVICES},
+            "devices": method.scheme.devices(),
             **_modules(done.selection),
         }
     return stages.made(draft)
 
 
-def _calibration(stages: Stages, parent: Artifact) -> Calibration:
-    recipe = stages.recipe
-    assert recipe.quantize and recipe.data
-    dataset = stages.made(stages.dataset)
-    rows = sample_rows(dataset.root / "train.jsonl", recipe.quantize.calibration_rows, recipe.seed)
-    return calibrate_on(
-        rows,
-        parent.root,
-        chat_template=recipe.model.chat_template,
-        max_length=recipe.data.max_length,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+def _refused_here(method: Method) -> str | None:
+    import torch
+
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    capability = 10 * gpu[0] + gpu[1] if gpu else None
+    return refusal(method.scheme.devices(), capability, has_amx=has_amx())
 
 
 def _modules(selection: Selection) -> dict[str, Any]:

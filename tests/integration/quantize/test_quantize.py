@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,22 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config import DataError, MissingExtraError, ModelError, TunesmithError
+from tunesmith.config.schema.data import Data
 from tunesmith.config.schema.quantize import Quantize
 from tunesmith.pipeline import Stages
-from tunesmith.quantize.calibration import Calibration, calibrate_on
+from tunesmith.quantize.calibration import Calibration, calibrate_on, calibration_of
 from tunesmith.quantize.checkpoint import verify
 from tunesmith.quantize.command import run, show
 from tunesmith.quantize.modules import Selection, select
 from tunesmith.quantize.schemes import SCHEMES, Method
+from tunesmith.train.examples import tokenise_conversations
 
 Rows = list[dict[str, Any]]
 Checkpoints = dict[str, dict[str, Any]]
 
 
 def section(*schemes: str) -> dict[str, Any]:
-    return {"quantize": {"scheme": schemes, "calibration_rows": 24}}
+    return {"quantize": {"scheme": schemes, "calibration_rows": 12}}
 
 
 @pytest.fixture(scope="module")
@@ -133,30 +136,61 @@ def test_a_second_run_makes_nothing_and_shows_the_same(
     assert "all but CPU" in text
 
 
+def calibrate(rows: Rows, parent: Path, **data: Any) -> Calibration:
+    return calibrate_on(
+        rows,
+        parent,
+        Data.model_validate({"train": "rows.jsonl", **data}),
+        chat_template=None,
+        trust_remote_code=False,
+    )
+
+
 def test_calibration_reads_what_training_reads_and_counts_what_it_cuts(
     llama: Path, rows: Rows
 ) -> None:
     template = ChatTemplate.load(llama)
-    whole = [template.supervise(row["messages"]).input_ids for row in rows]
-    limit = sorted(map(len, whole))[len(whole) // 2]
-    found = calibrate_on(rows, llama, chat_template=None, max_length=limit, trust_remote_code=False)
-    assert found.input_ids == [ids[:limit] for ids in whole]
-    assert found.cut == sum(len(ids) > limit for ids in whole) > 0
+    whole = [len(template.supervise(row["messages"]).input_ids) for row in rows]
+    limit = sorted(whole)[len(whole) // 2]
+    data = Data.model_validate({"train": "rows.jsonl", "max_length": limit})
+    trained = tokenise_conversations(rows, template, data)
+    found = calibrate(rows, llama, max_length=limit)
+    assert found.input_ids == [example.input_ids.tolist() for example in trained.rows]
+    assert found.cut == trained.truncated > 0
     assert found.counts()["tokens"] == sum(map(len, found.input_ids))
+    ends = calibrate(rows, llama, max_length=limit, truncation="start")
+    assert ends.cut == found.cut and ends.input_ids != found.input_ids
 
 
 def test_rows_that_the_template_refuses_are_counted_and_never_all_of_them(
     llama: Path, rows: Rows
 ) -> None:
-    def calibrate(chosen: Rows) -> Calibration:
-        return calibrate_on(
-            chosen, llama, chat_template=None, max_length=64, trust_remote_code=False
-        )
-
     refused = {"id": "bad", "messages": [{"role": "user", "content": "and then?"}]}
-    assert calibrate([*rows, refused]).rejected == 1
+    assert calibrate([*rows, refused], llama).rejected == 1
     with pytest.raises(DataError, match="row bad: no assistant turn"):
-        calibrate([refused])
+        calibrate([refused], llama)
+    with pytest.raises(DataError, match="none has an answer within 4 tokens"):
+        calibrate(rows, llama, max_length=4)
+
+
+def test_another_text_has_the_lengths_of_the_own_rows(
+    tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]
+) -> None:
+    folders = (tmp_path / str(at) for at in count())
+
+    def calibration(**keys: Any) -> Calibration:
+        quantize = {"quantize": {"scheme": "w4a16", "calibration_rows": 8, **keys}}
+        stages = stages_of(next(folders), llama, **quantize)
+        return calibration_of(stages.recipe, stages.made(stages.dataset), llama)
+
+    own, generic = calibration(), calibration(calibration_text="generic")
+    assert [*map(len, generic.input_ids)] == [*map(len, own.input_ids)]
+    assert generic.input_ids != own.input_ids and generic.text == "generic"
+    few = calibration(calibration_tokens=100)
+    assert 0 < few.counts()["tokens"] <= 100 < own.counts()["tokens"]
+    (tmp_path / "short.txt").write_text("one plus one " * 20)
+    short = calibration(calibration_text=str(tmp_path / "short.txt"))
+    assert 0 < len(short.input_ids) < 8
 
 
 @pytest.mark.parametrize(

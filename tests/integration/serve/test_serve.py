@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.config.load import dump_recipe, load_recipe
 from tunesmith.pipeline import Stages
+from tunesmith.serve.govern.archive import read_log
+from tunesmith.serve.govern.database import open_gateway
 
 KEY = "a-secret-key"
 MESSAGES: Any = [{"role": "user", "content": "What is 3 plus 3?"}]
@@ -144,7 +146,9 @@ def test_models_chat_and_stream_with_the_official_client(served: Served) -> None
         )
         text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
         assert text == whole.choices[0].message.content
-        assert pieces[-1].usage == whole.usage
+        assert pieces[-1].usage and pieces[-1].usage.completion_tokens == 12
+        assert pieces[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+        assert all(piece.usage is None for piece in pieces[:-1])
         plain = client.completions.create(model="test", prompt="3 plus", max_tokens=4)
         assert plain.usage and plain.usage.completion_tokens <= 4
 
@@ -176,7 +180,9 @@ def test_what_cannot_work_is_told_before_the_engine_starts(
         assert words in said and "loading" not in said
 
 
-def test_a_stop_lets_open_streams_end_and_leaves_no_process(served: Served) -> None:
+def test_a_stop_lets_open_streams_end_and_leaves_no_process(
+    served: Served, recipe: tuple[Path, str]
+) -> None:
     """The last test of the module: it stops the server."""
     group = engine_group(served.process.pid)
     assert len(members(group)) >= 3
@@ -203,6 +209,14 @@ def test_a_stop_lets_open_streams_end_and_leaves_no_process(served: Served) -> N
     assert result["model"] == "test" and result["requests"] >= 6
     assert f"{served.url}/v1 model test" in said and "try: curl" in said
     assert KEY not in said and "$BOT_KEY" in said
+    store = load_recipe(recipe[0]).store.folder
+    log = read_log(
+        open_gateway(store), store / "serve", ["status", "output_tokens", "ending", "artifact"]
+    ).to_pylist()
+    (longest,) = [line for line in log if line["output_tokens"] == 1500]
+    assert longest["ending"] == "complete"
+    assert {line["artifact"] for line in log} == {served.artifact}
+    assert {200, 400, 401, 404, 503} <= {line["status"] for line in log}
 
 
 def engine_group(parent: int) -> int:

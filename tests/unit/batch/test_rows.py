@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.batch.rows import Row, read_rows
-from tunesmith.config import DataError
+from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
 
 
@@ -21,7 +21,7 @@ def rows_of(folder: Path, *lines: bytes | str | dict[str, Any]) -> list[Row]:
         for line in lines:
             text = json.dumps(line) if isinstance(line, dict) else line
             file.write((text.encode() if isinstance(text, str) else text) + b"\n")
-    return list(read_rows(Batch(input=path, output=folder / "output.jsonl", max_tokens=9)))
+    return list(read_rows(Batch(input=str(path), output="output.jsonl", max_tokens=9)))
 
 
 def test_prompt_and_messages_are_read_with_their_parameters(tmp_path: Path) -> None:
@@ -33,12 +33,12 @@ def test_prompt_and_messages_are_read_with_their_parameters(tmp_path: Path) -> N
         {"id": 7, "messages": messages, "max_tokens": 3, "temperature": 1},
     )
     assert plain.error is None and chat.error is None
-    assert plain.messages == [{"role": "user", "content": "Hi"}]
+    assert plain.ask.messages == [{"role": "user", "content": "Hi"}]
     assert (plain.id, plain.line, plain.index) == ("line-1", 1, 0)
-    assert (plain.max_tokens, plain.temperature) == (9, 0.0)
+    assert plain.ask.sampling == {"max_tokens": 9, "temperature": 0.0}
     assert (chat.id, chat.line, chat.index) == (7, 3, 1)
-    assert chat.messages == messages
-    assert (chat.max_tokens, chat.temperature) == (3, 1.0)
+    assert chat.ask.messages == messages
+    assert chat.ask.sampling == {"max_tokens": 3, "temperature": 1.0}
     assert plain.columns == {"prompt": "Hi", "topic": "x"}
 
 
@@ -98,8 +98,8 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path) -> None:
 
 
 def test_an_input_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read"):
-        list(read_rows(Batch(input=tmp_path, output=tmp_path / "o")))
+    with pytest.raises(UserError, match="no such file"):
+        list(read_rows(Batch(input=str(tmp_path / "none.jsonl"), output="o")))
 
 
 JSON = st.recursive(
@@ -121,4 +121,4 @@ def test_any_bytes_give_one_row_for_each_line(tmp_path: Path, lines: list[bytes]
     assert [row.index for row in rows] == list(range(len(rows)))
     good = [str(row.id) for row in rows if row.error is None]
     assert len(good) == len(set(good))
-    assert all(row.messages for row in rows if row.error is None)
+    assert all(row.ask.messages for row in rows if row.error is None)

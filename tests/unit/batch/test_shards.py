@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 
-from tunesmith.batch.output import check_output, publish, write_output
+from tunesmith.batch.answers import Origin
+from tunesmith.batch.output import write_output
+from tunesmith.batch.results import result_of
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
-from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
+from tunesmith.engine import Answer, Output
 
 
 def result(text: str) -> dict[str, Any]:
-    return {"text": text, "finish_reason": "stop", "prompt_tokens": 3, "output_tokens": 2}
+    made = Output(text=text, finish_reason="stop", output_tokens=2)
+    return result_of(Answer(prompt_tokens=3, cached_tokens=1, outputs=[made]))
+
+
+def text_of(result: dict[str, Any]) -> str:
+    text: str = result["outputs"][0]["text"]
+    return text
 
 
 def test_a_reopened_folder_has_what_was_committed_and_nothing_else(tmp_path: Path) -> None:
@@ -29,11 +37,11 @@ def test_a_reopened_folder_has_what_was_committed_and_nothing_else(tmp_path: Pat
     again = Shards(tmp_path, 200)
     assert again.count == 150 and again.seconds == pytest.approx(25)
     assert 149 in again and 150 not in again and 160 not in again
-    assert [again[row]["text"] for row in range(150)] == [f"é{row}\ud800" for row in range(150)]
+    assert [text_of(again[row]) for row in range(150)] == [f"é{row}\ud800" for row in range(150)]
     assert not list(tmp_path.glob("*.tmp"))
     again.commit([(199, result("last"))], 0.5)
     again.close()
-    assert Shards(tmp_path, 200)[199]["text"] == "last"
+    assert text_of(Shards(tmp_path, 200)[199]) == "last"
 
 
 def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
@@ -51,7 +59,7 @@ def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
             shards.commit([(1, result("lost"))], 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["00000000.jsonl"]
     shards.commit([(1, result("again"))], 1.0)
-    assert shards[0]["text"] == "kept" and shards[1]["text"] == "again"
+    assert text_of(shards[0]) == "kept" and text_of(shards[1]) == "again"
 
 
 @pytest.fixture
@@ -64,7 +72,7 @@ def section(tmp_path: Path) -> Batch:
     ]
     path = tmp_path / "input.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Batch(input=path, output=tmp_path / "out" / "answers.jsonl")
+    return Batch(input=str(path), output=str(tmp_path / "out" / "answers.jsonl"))
 
 
 def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path: Path) -> None:
@@ -72,14 +80,17 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
     shards = Shards(tmp_path / "shards", 4)
     failure = {"error": {"type": "prompt_too_long", "detail": "9 tokens"}}
     shards.commit([(1, failure), (0, result("one"))], 2.0)
-    totals = write_output(section, shards, tmp_path)
+    totals = write_output(section, shards, tmp_path, Origin("tuned-1", usd_per_s=0.5))
     lines = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "id": "b",
         "answer": "one",
         "finish_reason": "stop",
         "prompt_tokens": 3,
+        "cached_tokens": 1,
         "output_tokens": 2,
+        "cost_usd": None,
+        "model": "tuned-1",
         "error": None,
         "prompt": "1",
         "input_answer": "mine",
@@ -91,27 +102,3 @@ def test_output_has_every_row_in_order_with_its_columns(section: Batch, tmp_path
     assert errors[0] == {"id": "a", "line": 2, "type": "prompt_too_long", "detail": "9 tokens"}
     assert [error["line"] for error in errors] == [2, 3, 4]
     assert totals.rows == 4 and totals.output_tokens == 2 and totals.errors.total() == 3
-
-
-def test_publish_replaces_the_file_at_once_and_leaves_nothing_beside_it(
-    section: Batch, tmp_path: Path
-) -> None:
-    check_output(section)
-    publish(section.input, section.output)
-    assert section.output.read_bytes() == section.input.read_bytes()
-    assert os.listdir(section.output.parent) == ["answers.jsonl"]
-    assert section.output.stat().st_mode == section.input.stat().st_mode
-
-
-def test_an_output_that_cannot_be_written_is_told_before_any_work(
-    section: Batch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    for output, words in [
-        (tmp_path, "is a folder"),
-        (section.input, "is the input itself"),
-        (tmp_path / "file" / "answers.jsonl", "cannot write"),
-        (Path("/proc/answers.jsonl"), "cannot write"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            check_output(section.model_copy(update={"output": output}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,26 @@ def test_a_lora_rank_is_rounded_up_to_one_that_vllm_allows(
     arguments = engine_arguments(make_spec(tmp_path, rank), gpu=False)
     assert arguments["max_lora_rank"] == allowed
     assert arguments["lora_target_modules"] == ["down_proj", "q_proj"]
+
+
+def test_adapters_of_single_requests_have_room_beside_the_specs_own(tmp_path: Path) -> None:
+    specs = []
+    for at, rank in enumerate((4, 17, 1, 8, 2)):
+        (tmp_path / str(at)).mkdir()
+        specs.append(make_spec(tmp_path / str(at), rank))
+    folders = [spec.adapter for spec in specs]
+    names = {"b": folders[1], "same": folders[0], "none": None}
+    two = replace(specs[0], adapters=names)
+    assert two.all_adapters == (folders[0], folders[1])
+    arguments = engine_arguments(two, gpu=False)
+    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (2, 2)
+    assert arguments["max_lora_rank"] == 32
+    five = replace(specs[0], adapters={str(at): folder for at, folder in enumerate(folders)})
+    arguments = engine_arguments(five, gpu=False)
+    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (4, 5)
+    bare = replace(specs[0], adapter=None, adapters={"none": None}, embeds=True)
+    arguments = engine_arguments(bare, gpu=False)
+    assert "enable_lora" not in arguments and arguments["runner"] == "pooling"
 
 
 def test_a_lora_rank_above_all_is_refused_before_the_engine_starts(tmp_path: Path) -> None:

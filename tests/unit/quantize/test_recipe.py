@@ -34,7 +34,9 @@ def ids(recipe: dict[str, Any]) -> tuple[str, str]:
     return stages.quantized("w4a16").id, stages.evaluation("w4a16").id
 
 
-def test_ids_follow_what_decides_the_result(recipe: dict[str, Any]) -> None:
+def test_ids_follow_what_decides_the_result(recipe: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello")
     quantized, evaluated = ids(recipe)
     assert (quantized, evaluated) == ids(recipe)
     for change in (
@@ -43,6 +45,9 @@ def test_ids_follow_what_decides_the_result(recipe: dict[str, Any]) -> None:
         {"quantize": recipe["quantize"] | {"calibration_rows": 3}},
         {"quantize": recipe["quantize"] | {"algorithm": "awq"}},
         {"quantize": recipe["quantize"] | {"group_size": 64}},
+        {"quantize": recipe["quantize"] | {"calibration_text": "generic"}},
+        {"quantize": recipe["quantize"] | {"calibration_text": str(text)}},
+        {"data": recipe["data"] | {"truncation": "start"}},
         {"quantize": recipe["quantize"] | {"kv_cache": "fp8"}},
         {"seed": 5},
     ):
@@ -54,6 +59,12 @@ def test_ids_follow_what_decides_the_result(recipe: dict[str, Any]) -> None:
 def test_ids_do_not_follow_what_decides_nothing(recipe: dict[str, Any]) -> None:
     for change in ({"algorithm": "gptq"}, {"device": "cpu"}, {"scheme": ("w8a8-int8", "w4a16")}):
         assert ids(recipe | {"quantize": recipe["quantize"] | change}) == ids(recipe), change
+
+
+def test_what_needs_no_calibration_keeps_its_id(recipe: dict[str, Any]) -> None:
+    rounded = recipe["quantize"] | {"algorithm": "rtn"}
+    other = {"quantize": rounded | {"calibration_text": "generic"}}
+    assert ids(recipe | {"quantize": rounded}) == ids(recipe | other)
 
 
 def test_only_an_evaluation_depends_on_how_it_is_measured(recipe: dict[str, Any]) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from gateways import ARTIFACT, asynchronous, before
 
 from tunesmith.serve.gateway import Gateway
-
-ARTIFACT = "checkpoint-0123456789ab"
 
 
 @dataclass
@@ -64,26 +62,8 @@ async def running(
     api_key: str | None = None,
 ) -> AsyncIterator[tuple[Engine, Gateway, aiohttp.ClientSession]]:
     engine = Engine()
-    upstream = web.Application()
-    upstream.router.add_route("*", "/v1/{path:.*}", engine.answer)
-    async with TestServer(upstream, handler_cancellation=True) as behind:
-        engine.url = str(behind.make_url("/v1"))
-        gateway = Gateway(engine, model_name="bot", artifact_id=ARTIFACT, api_key=api_key)  # type: ignore[arg-type]
-        async with (
-            TestServer(gateway.app(), handler_cancellation=True) as front,
-            aiohttp.ClientSession(str(front.make_url("/"))) as client,
-        ):
-            yield engine, gateway, client
-
-
-def asynchronous(
-    test: Callable[[], Coroutine[Any, Any, None]],
-) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), 30))
-
-    run.__name__ = test.__name__
-    return run
+    async with before(engine, engine.answer, api_key=api_key) as (served, client):
+        yield engine, served.gateway, client
 
 
 async def error_of(response: aiohttp.ClientResponse) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.chat import ChatTemplate, Supervised
+from tunesmith.chat.length import kept_part, learnt_length
 from tunesmith.config.errors import DataError
 from tunesmith.config.schema.data import Data, Truncation
 from tunesmith.terminal import progress_bar
@@ -139,7 +140,7 @@ class Examples:
         """The part of a sequence that is trained on; None when there is nothing to learn in it."""
         mask = np.array(learnt, dtype=np.bool_)
         mask[:1] = False
-        length = _end(mask)
+        length = learnt_length(mask)
         if length > max_length:
             match truncation:
                 case "error":
@@ -178,27 +179,6 @@ class Examples:
                 f"data.max_dropped_rate ({data.max_dropped_rate:g}) allows; raise data.max_length, "
                 "or data.max_dropped_rate to go on without them"
             )
-
-
-def kept_part(learnt: NDArray[np.bool_], max_length: int, truncation: Truncation) -> slice:
-    """The tokens of a sequence that are trained on; none of one that is too long to be."""
-    # Attention is causal: nothing after the last target can change any loss.
-    length = _end(learnt)
-    if length <= max_length:
-        return slice(0, length)
-    match truncation:
-        case "end":
-            return slice(0, _end(learnt[:max_length]))
-        case "start":
-            return slice(length - max_length, length)
-        case _:
-            return slice(0, 0)
-
-
-def _end(learnt: NDArray[np.bool_]) -> int:
-    """Where a sequence can end: after its last target."""
-    targets = np.flatnonzero(learnt)
-    return int(targets[-1]) + 1 if len(targets) else 0
 
 
 def tokenise_conversations(

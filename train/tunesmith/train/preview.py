@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 
 from tunesmith.chat import Supervised
+from tunesmith.chat.length import kept_part
 from tunesmith.config.errors import DataError, UserError
 from tunesmith.config.schema.data import Data
 from tunesmith.data import command as counts
@@ -20,7 +21,7 @@ from tunesmith.ledger import Artifact
 from tunesmith.pipeline.rows import sample_rows
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
-from tunesmith.train.examples import Examples, kept_part, supervise_pair
+from tunesmith.train.examples import Examples, supervise_pair
 from tunesmith.train.language import (
     EVALUATION_FILE,
     TRAIN_FILE,

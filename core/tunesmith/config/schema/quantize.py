@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -72,7 +73,15 @@ class Quantize(Section):
     """Also measure scales for keys and values, so that the engine keeps them in 8 bits."""
 
     calibration_rows: Positive = 128
-    """Training conversations used to calibrate, rendered with the recipe's own template."""
+    """Training rows used to calibrate, rendered with the recipe's own template: of every source and
+    every length their share, chosen by `seed`."""
+
+    calibration_tokens: Positive | None = None
+    """Fewer of them, so that they have no more tokens than this."""
+
+    calibration_text: Literal["own", "generic"] | Path = "own"
+    """What is calibrated on: the recipe's `own` rows, or as much `generic` English (the topics of
+    Python's help) or of a text file, to measure what the own rows are worth."""
 
     recover: Recover | None = None
     """Also make adapters that win back what was lost."""
@@ -109,6 +118,10 @@ class Quantize(Section):
         found = self.model_dump(mode="json", include=set(keys), exclude_defaults=True)
         if self.algorithm == SCHEMES[scheme].algorithms[0]:
             del found["algorithm"]
+        if self.calibrates(scheme):
+            found |= {"sampling": "stratified", "calibration_tokens": self.calibration_tokens}
+            is_named = isinstance(self.calibration_text, str)
+            found["calibration_text"] = self.calibration_text if is_named else "file"
         return found
 
     @field_validator("recover")
@@ -127,7 +140,7 @@ class Quantize(Section):
     def _device_runs_the_schemes(cls, device: Device | None, info: ValidationInfo) -> Device | None:
         if device and device != "any":
             for scheme in _asked(info):
-                if reason := scheme.refusal(device):
+                if reason := scheme.devices()[device]:
                     raise ValueError(f"{scheme.name}: {reason}")
         return device
 

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tunesmith.config.schema.base import Positive, Section, Variant
+from tunesmith.config.schema.base import Money, NonNegative, Positive, Section, Variant
+
+
+class TokenPrice(Section):
+    """What the users of the served model are charged."""
+
+    input_usd_per_million_tokens: Money
+    """Price of the tokens of prompts."""
+
+    output_usd_per_million_tokens: Money
+    """Price of the tokens of answers."""
+
+
+class RequestLog(Section):
+    """One line for each request, in the store's `serve` folder."""
+
+    payload: bool = False
+    """Also keep the bodies of requests and answers."""
+
+    redact: tuple[str, ...] = ()
+    """Regular expressions; what they match in a kept body is masked."""
+
+    max_payload_characters: Positive = 16_384
+    """Longer bodies are cut."""
+
+    rows_per_file: Positive = 100_000
+    """Lines that become a Parquet file; newer ones are in the database."""
+
+    @model_validator(mode="after")
+    def _patterns_are_valid(self) -> RequestLog:
+        for pattern in self.redact:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"redact: {pattern!r} is no regular expression: {error}"
+                ) from error
+        return self
 
 
 class Serve(Section):
     """The OpenAI API on one port."""
 
     host: str = "127.0.0.1"
-    """Address to bind; anything but loopback asks for `api_key_env`."""
+    """Address to bind; anything but loopback asks for `api_key_env` or `keys`."""
 
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """TCP port."""
@@ -22,7 +60,24 @@ class Serve(Section):
     """Which model of the recipe answers; the last quantized, else the tuned one, when null."""
 
     api_key_env: str | None = None
-    """Environment variable that holds the key clients must send; no key when null."""
+    """Environment variable that holds one key, without limits, that clients may send; none when
+    null."""
+
+    keys: bool = False
+    """Ask clients for a key made by `tunesmith keys create`, and hold its limits and budgets."""
+
+    longest_budget_wait_s: Annotated[float, Field(ge=0.0)] = 10.0
+    """How long a request waits that fits a day's budget unless the requests that are open use all
+    that they may."""
+
+    max_open_requests: NonNegative = 0
+    """Requests that may be open at once; more get 429 at once. 0 is no limit."""
+
+    token_price: TokenPrice | None = None
+    """Prices for cost and budgets; when null those that the recipe's benchmark measured."""
+
+    log: RequestLog = RequestLog()
+    """The request log."""
 
     drain_timeout_s: Positive = 30
     """How long open requests may finish after a stop is asked for."""

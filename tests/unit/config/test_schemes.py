@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.evaluate.refusal import refusal
+from tunesmith.config.schemes import refusal
 
 DEVICES = {"cpu": "no kernel", "sm_80": None, "sm_90": None, "sm_100": "too new"}
 
@@ -16,3 +16,9 @@ def test_a_device_counts_as_the_nearest_older_one(
     capability: int | None, expected: str | None
 ) -> None:
     assert refusal(DEVICES, capability) == expected
+
+
+def test_a_cpu_with_amx_is_a_device_of_its_own_where_the_table_knows_it() -> None:
+    assert refusal(DEVICES, None, has_amx=True) == "no kernel"
+    assert refusal(DEVICES | {"cpu_amx": None}, None, has_amx=True) is None
+    assert refusal(DEVICES | {"cpu_amx": None}, None) == "no kernel"

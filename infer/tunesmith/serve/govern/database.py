@@ -1,0 +1,96 @@
+"""The gateway's own database: keys and groups, what each has spent, and the request log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from tunesmith.ledger import open_database
+
+FILE = "gateway.db"
+
+_schema = sa.MetaData()
+
+groups = sa.Table(
+    "groups",
+    _schema,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("limits", sa.JSON, nullable=False),
+)
+keys = sa.Table(
+    "keys",
+    _schema,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("group", sa.ForeignKey("groups.name")),
+    sa.Column("models", sa.JSON, nullable=False),
+    sa.Column("limits", sa.JSON, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("expires_s", sa.Float),
+    sa.Column("revoked_s", sa.Float),
+    # The secret before a rotation, which is good until the overlap ends.
+    sa.Column("old_sha256", sa.String(64)),
+    sa.Column("old_expires_s", sa.Float),
+)
+changes = sa.Table(
+    "changes",
+    _schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("what", sa.String(400), nullable=False),
+    sqlite_autoincrement=True,
+)
+"""Every change of keys and groups; the newest `seq` tells a gateway whether to read them again."""
+
+spending = sa.Table(
+    "spending",
+    _schema,
+    sa.Column("day", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.String(8), primary_key=True),
+    sa.Column("subject", sa.String(200), primary_key=True),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("nano_usd", sa.BigInteger, nullable=False),
+)
+requests = sa.Table(
+    "requests",
+    _schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("request_id", sa.String(64), nullable=False, index=True),
+    sa.Column("response_id", sa.String(128), index=True),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("key_id", sa.String(16)),
+    sa.Column("key_name", sa.String(200)),
+    sa.Column("group", sa.String(200)),
+    sa.Column("method", sa.String(16), nullable=False),
+    sa.Column("path", sa.String(400), nullable=False),
+    sa.Column("model", sa.String(200)),
+    sa.Column("artifact", sa.String(64)),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("ending", sa.String(16), nullable=False),
+    sa.Column("finish_reason", sa.String(32)),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("cached_tokens", sa.Integer, nullable=False),
+    sa.Column("output_tokens", sa.Integer, nullable=False),
+    sa.Column("is_estimated", sa.Boolean, nullable=False),
+    sa.Column("nano_usd", sa.BigInteger),
+    sa.Column("ttft_s", sa.Float),
+    sa.Column("duration_s", sa.Float, nullable=False),
+    sa.Column("request_body", sa.Text),
+    sa.Column("response_body", sa.Text),
+    # Files are named after these numbers, so none may come twice.
+    sqlite_autoincrement=True,
+)
+
+
+def open_gateway(store: Path) -> Engine:
+    """The database of a store's gateway, made on first use."""
+    folder = store / "serve"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    path.touch(mode=0o600)
+    engine = open_database(f"sqlite:///{path}")
+    _schema.create_all(engine)
+    return engine

@@ -1,0 +1,171 @@
+"""The request log and the day's spending, written behind the requests' back.
+
+One thread takes entries from a bounded queue and writes them a few times a second. A disk that is
+full, or slower than the requests, costs entries, which are counted; it never holds up a request.
+What was spent is kept in memory until it is written, and is never dropped.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from tunesmith.serve.govern.archive import archive
+from tunesmith.serve.govern.database import requests, spending
+from tunesmith.serve.govern.governor import Subject
+from tunesmith.serve.govern.limits import Use
+from tunesmith.terminal import log
+
+Ending = Literal["complete", "error", "disconnected", "refused", "lost"]
+"""`error` was the engine's answer, `refused` ours; `lost` is an engine that died meanwhile."""
+
+_FLUSH_INTERVAL_S = 0.2
+_CAPACITY = 20_000
+_COMPLAINT_INTERVAL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the request log; money in nano-USD, null where the model has no price."""
+
+    request_id: str
+    response_id: str | None
+    at_s: float
+    key_id: str | None
+    key_name: str | None
+    group: str | None
+    method: str
+    path: str
+    model: str | None
+    artifact: str | None
+    status: int
+    ending: Ending
+    finish_reason: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    is_estimated: bool
+    nano_usd: int | None
+    ttft_s: float | None
+    duration_s: float
+    request_body: str | None = None
+    response_body: str | None = None
+
+
+class Journal:
+    """Writes while its `with` block lasts, and what is left when it ends."""
+
+    def __init__(self, engine: Engine, folder: Path, *, rows_per_file: int) -> None:
+        self.dropped = 0
+        """Entries that could not be written."""
+        self._engine, self._folder, self._rows_per_file = engine, folder, rows_per_file
+        self._queue: queue.Queue[Entry] = queue.Queue(_CAPACITY)
+        self._lock = threading.Lock()
+        self._charges: dict[tuple[int, Subject], Use] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._complained_s = -_COMPLAINT_INTERVAL_S
+        self._rows = 0
+
+    def add(self, entry: Entry, charges: Mapping[Subject, int]) -> None:
+        """Take one entry; `charges` names who pays for its tokens, with the day of each."""
+        used = Use(entry.prompt_tokens + entry.output_tokens, entry.nano_usd or 0)
+        with self._lock:
+            for subject, day in charges.items():
+                before = self._charges.get((day, subject), Use())
+                self._charges[day, subject] = Use(
+                    before.tokens + used.tokens, before.nano_usd + used.nano_usd
+                )
+        try:
+            self._queue.put_nowait(entry)
+        except queue.Full:
+            self.dropped += 1
+
+    def __enter__(self) -> Journal:
+        with self._engine.connect() as db:
+            self._rows = db.scalar(sa.select(sa.func.count()).select_from(requests)) or 0
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_FLUSH_INTERVAL_S):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        entries = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        with self._lock:
+            charges, self._charges = self._charges, {}
+        if not entries and not charges:
+            return
+        try:
+            with self._engine.begin() as db:
+                _spend(db, charges)
+                if entries:
+                    db.execute(requests.insert(), [asdict(entry) for entry in entries])
+        except DBAPIError as error:
+            self.dropped += len(entries)
+            self._keep(charges)
+            self._complain(f"{len(entries)} lines of the request log are lost: {error.orig}")
+            return
+        self._rows += len(entries)
+        while self._rows >= self._rows_per_file:
+            try:
+                self._rows -= archive(self._engine, self._folder, self._rows_per_file)
+            except (DBAPIError, OSError) as error:
+                self._complain(f"the request log stays in its database: {error}")
+                return
+
+    def _keep(self, charges: Mapping[tuple[int, Subject], Use]) -> None:
+        with self._lock:
+            for key, used in charges.items():
+                later = self._charges.get(key, Use())
+                self._charges[key] = Use(later.tokens + used.tokens, later.nano_usd + used.nano_usd)
+
+    def _complain(self, message: str) -> None:
+        if time.monotonic() - self._complained_s >= _COMPLAINT_INTERVAL_S:
+            self._complained_s = time.monotonic()
+            log(f"serve: {message}")
+
+
+def read_spending(engine: Engine, day: int) -> dict[Subject, Use]:
+    """What each key and group has spent on a day, for a gateway that starts."""
+    query = sa.select(spending).where(spending.c.day == day)
+    with engine.connect() as db:
+        return {(row.kind, row.subject): Use(row.tokens, row.nano_usd) for row in db.execute(query)}
+
+
+def _spend(db: Connection, charges: Mapping[tuple[int, Subject], Use]) -> None:
+    for (day, (kind, subject)), used in charges.items():
+        row = insert(spending).values(
+            day=day, kind=kind, subject=subject, tokens=used.tokens, nano_usd=used.nano_usd
+        )
+        db.execute(
+            row.on_conflict_do_update(
+                index_elements=["day", "kind", "subject"],
+                set_={
+                    "tokens": spending.c.tokens + row.excluded.tokens,
+                    "nano_usd": spending.c.nano_usd + row.excluded.nano_usd,
+                },
+            )
+        )

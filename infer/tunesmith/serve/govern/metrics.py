@@ -1,0 +1,69 @@
+"""Counters for Prometheus. Names of keys stay out of them: who used what is in the log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.config import require
+from tunesmith.serve.govern.limits import NANO
+
+if TYPE_CHECKING:
+    from tunesmith.serve.govern.journal import Entry, Journal
+
+_TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """One registry per gateway, so that two in a process do not share counters."""
+
+    def __init__(self, journal: Journal) -> None:
+        prometheus = require("prometheus_client", "infer")
+        self._text = prometheus.generate_latest
+        self._registry = registry = prometheus.CollectorRegistry()
+        self._requests = prometheus.Counter(
+            "tunesmith_requests", "Requests by status and ending.", ("status", "ending"),
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = prometheus.Counter(
+            "tunesmith_tokens", "Tokens of prompts, of those the cached ones, and of answers.",
+            ("kind",), registry=registry,
+        )  # fmt: skip
+        self._usd = prometheus.Counter("tunesmith_usd", "Cost of requests.", registry=registry)
+        self._ttft = prometheus.Histogram(
+            "tunesmith_ttft_seconds", "Time to the first piece of a stream.",
+            buckets=_TTFT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._duration = prometheus.Histogram(
+            "tunesmith_request_seconds", "Time to the end of an answer.",
+            buckets=_DURATION_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        dropped = prometheus.Gauge(
+            "tunesmith_log_dropped", "Lines of the request log that are lost.", registry=registry
+        )
+        dropped.set_function(lambda: journal.dropped)
+        self._open = prometheus.Gauge(
+            "tunesmith_open_requests", "Requests that are being answered.", registry=registry
+        )
+        self._ready = prometheus.Gauge(
+            "tunesmith_ready", "Whether requests are answered.", registry=registry
+        )
+
+    def observe(self, entry: Entry) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(str(entry.status), entry.ending).inc()
+        self._tokens.labels("prompt").inc(entry.prompt_tokens)
+        self._tokens.labels("cached").inc(entry.cached_tokens)
+        self._tokens.labels("output").inc(entry.output_tokens)
+        self._usd.inc((entry.nano_usd or 0) / NANO)
+        if entry.ttft_s is not None:
+            self._ttft.observe(entry.ttft_s)
+        if entry.ending != "refused":
+            self._duration.observe(entry.duration_s)
+
+    def text(self, *, open_requests: int, is_ready: bool) -> bytes:
+        """The exposition format."""
+        self._open.set(open_requests)
+        self._ready.set(is_ready)
+        found: bytes = self._text(self._registry)
+        return found

@@ -1,0 +1,83 @@
+"""The engine's answer to the client, each piece as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import aiohttp
+from aiohttp import web
+
+from tunesmith.serve.errors import error_body, error_response
+from tunesmith.serve.govern.governance import Visit
+from tunesmith.serve.govern.usage import EventReader, read_answer
+
+RETRY_AFTER_S = "5"
+_TO_CLIENT = ("Content-Type", "Retry-After", "Cache-Control")
+_EVENTS = "text/event-stream"
+_LOST = "the engine stopped before the answer was complete; send the request again"
+_LARGEST_READ_BYTES = 16 * 2**20
+
+
+async def relay(
+    request: web.Request, answer: aiohttp.ClientResponse, visit: Visit, *, keep: bool
+) -> web.StreamResponse:
+    """Pass an answer on and note in `visit` what it says; `keep` its bytes there too."""
+    headers = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
+    response = web.StreamResponse(
+        status=answer.status, headers=headers | {"X-Request-Id": visit.request_id}
+    )
+    is_stream = answer.content_type == _EVENTS
+    reader = EventReader(visit.ask, visit.usage) if is_stream else None
+    response.content_length = None if is_stream else answer.content_length
+    whole = bytearray()
+    try:
+        first = await answer.content.readany()
+    except aiohttp.ClientError:
+        return lost(visit)
+    await response.prepare(request)
+    try:
+        chunk = first
+        while chunk:
+            if visit.first_piece_s is None and is_stream:
+                visit.first_piece_s = time.perf_counter() - visit.started_s
+            passed = reader.feed(chunk) if reader else chunk
+            if keep or (reader is None and len(whole) < _LARGEST_READ_BYTES):
+                whole += passed
+            if passed:
+                await response.write(passed)
+            chunk = await answer.content.readany()
+    except aiohttp.ClientPayloadError:
+        return await _cut(request, response, visit, is_stream=is_stream)
+    if reader:
+        if rest := reader.close():
+            await response.write(rest)
+    elif answer.content_type == "application/json":
+        read_answer(bytes(whole), visit.usage)
+    visit.answer = bytes(whole) if keep else b""
+    visit.status = answer.status
+    visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
+    await response.write_eof()
+    return response
+
+
+def lost(visit: Visit) -> web.Response:
+    """The answer when the engine has gone before it said anything."""
+    visit.status, visit.ending = 502, "lost"
+    return error_response(502, _LOST, "engine_unavailable", {"Retry-After": RETRY_AFTER_S})
+
+
+async def _cut(
+    request: web.Request, response: web.StreamResponse, visit: Visit, *, is_stream: bool
+) -> web.StreamResponse:
+    """The engine has gone in the middle: the client must not take this for a whole answer."""
+    visit.status, visit.ending = 502, "lost"
+    if not is_stream:
+        # The client knows the length, so a closed connection tells it.
+        if request.transport:
+            request.transport.abort()
+        return response
+    event = json.dumps(error_body(502, _LOST, "engine_unavailable"))
+    await response.write(f"data: {event}\n\n".encode())
+    await response.write_eof()
+    return response

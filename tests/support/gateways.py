@@ -1,0 +1,99 @@
+"""A gateway before an upstream of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from sqlalchemy.engine import Engine
+
+from tunesmith.config.schema.serve import Serve
+from tunesmith.serve.gateway import Gateway
+from tunesmith.serve.govern.archive import read_log
+from tunesmith.serve.govern.database import open_gateway, requests
+from tunesmith.serve.govern.governance import Governance
+from tunesmith.serve.govern.journal import Journal
+from tunesmith.serve.govern.measure import Measure
+from tunesmith.serve.govern.price import TokenPrice
+
+ARTIFACT = "checkpoint-0123456789ab"
+
+
+@dataclass
+class Served:
+    """What a test may look at behind the HTTP side."""
+
+    gateway: Gateway
+    governance: Governance
+    journal: Journal
+    database: Engine
+    folder: Path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The request log; what is in the journal's hands is written first."""
+        self.journal._flush()
+        names = [column.name for column in requests.columns]
+        found: list[dict[str, Any]] = read_log(self.database, self.folder, names).to_pylist()
+        return found
+
+
+@asynccontextmanager
+async def before(
+    supervisor: Any,
+    upstream: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    *,
+    api_key: str | None = None,
+    store: Path | None = None,
+    price: TokenPrice | None = None,
+    prepare: Callable[[Engine], None] = lambda _: None,
+    **section: Any,
+) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
+    """`supervisor` gets the `url` of the upstream; `prepare` makes keys before the gateway starts;
+    `section` is that of the recipe."""
+    application = web.Application()
+    application.router.add_route("*", "/v1/{path:.*}", upstream)
+    serve = Serve(**section)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = store or Path(scratch)
+        database = open_gateway(folder)
+        prepare(database)
+        async with TestServer(application, handler_cancellation=True) as behind:
+            supervisor.url = str(behind.make_url("/v1"))
+            with Journal(
+                database, folder / "serve", rows_per_file=serve.log.rows_per_file
+            ) as journal:
+                governance = Governance(
+                    serve, database, journal, Measure(None), artifact_id=ARTIFACT, price=price
+                )
+                gateway = Gateway(
+                    supervisor,
+                    governance,
+                    model_name="bot",
+                    artifact_id=ARTIFACT,
+                    api_key=api_key,
+                    asks_keys=serve.keys,
+                    max_open_requests=serve.max_open_requests,
+                )
+                async with (
+                    TestServer(gateway.app(), handler_cancellation=True) as front,
+                    aiohttp.ClientSession(str(front.make_url("/"))) as client,
+                ):
+                    yield Served(gateway, governance, journal, database, folder / "serve"), client
+
+
+def asynchronous(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """A test that is a coroutine, for at most thirty seconds."""
+
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 30))
+
+    run.__name__ = test.__name__
+    return run
