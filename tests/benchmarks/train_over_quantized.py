@@ -34,10 +34,11 @@ from tunesmith.statistics.bootstrap import Interval, ratio_of_sums
 from tunesmith.train import model as models
 from tunesmith.train.language import EVALUATION_FILE, read_language
 from tunesmith.train.loss import TokenLoss, collate
+from tunesmith.train.objective import sum_by_row
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SERVED, LOSSY = "w4a16", ("w3a16", "w2a16")
-LEAST_SHARE, CONFIDENCE = 0.5, 0.95
+LEAST_SHARE, CONFIDENCE, BATCH_ROWS = 0.5, 0.95, 16
 Rows = list[dict[str, Any]]
 
 
@@ -163,7 +164,10 @@ def _faults(pooled: dict[str, Any]) -> list[str]:
     if pooled["adapter_over_w4a16_against_fit_then_quantize"]["difference"]["value"] > 0:
         found.append("the adapter over W4A16 has a higher loss than fitting first")
     for scheme in LOSSY:
-        if pooled["cost_and_share_won_back"][scheme]["share_won_back"]["value"] < LEAST_SHARE:
+        figures = pooled["cost_and_share_won_back"][scheme]
+        # What costs nothing that these rows can show has nothing to win back either.
+        is_shown = figures["cost_nats"]["low"] > 0
+        if is_shown and figures["share_won_back"]["value"] < LEAST_SHARE:
             found.append(f"{scheme}: less than {LEAST_SHARE:.0%} won back")
     if pooled["recover_over_fine_tune_time"] > 1:
         found.append("recovering took longer than the fine-tune")
@@ -209,13 +213,19 @@ def _rows(overrides: list[str], name: str, limit: int) -> Rows:
     if beneath:
         model = models.load_adapter(model, made.root)
     loss = TokenLoss(model, torch.bfloat16).eval()
+    # Rows of like length together; one after the other takes ten times as long.
+    order = sorted(range(min(limit, len(examples))), key=lambda at: len(examples[at].input_ids))
     rows = []
-    for at in range(min(limit, len(examples))):
-        batch = collate([examples[at]])
-        nats = float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).double().sum())
-        tokens = len(batch.targets_N)
-        rows.append({"id": at, "completion_loss_sum_nats": nats, "completion_tokens": tokens})
-    return rows
+    for start in range(0, len(order), BATCH_ROWS):
+        chosen = order[start : start + BATCH_ROWS]
+        batch = collate([examples[at] for at in chosen])
+        nats_N = loss(batch.input_ids_BS, batch.positions_N, batch.targets_N)
+        nats_R = sum_by_row(nats_N.double(), batch)
+        for at, nats, tokens in zip(chosen, nats_R.tolist(), batch.rows_N.bincount(), strict=True):
+            rows.append(
+                {"id": at, "completion_loss_sum_nats": nats, "completion_tokens": int(tokens)}
+            )
+    return sorted(rows, key=lambda row: row["id"])
 
 
 def _run(command: str, overrides: list[str]) -> dict[str, Any]:
