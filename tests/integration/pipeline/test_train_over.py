@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from tunesmith.config import Recipe, UserError
+from tunesmith.config import Recipe, UserError, WorkInterrupted
 from tunesmith.data import make_dataset
 from tunesmith.evaluate.variants import measure_variant, read_rows
 from tunesmith.pipeline import Stages
 from tunesmith.quantize.command import run as quantize
 from tunesmith.train import command, recover
+from tunesmith.train.batches import Rows
 from tunesmith.train.language import EVALUATION_FILE, read_language
+from tunesmith.train.loop import Trainer
 from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.model import load_adapter, load_base
 
@@ -114,7 +118,31 @@ def test_the_engine_says_of_the_adapter_what_training_said(stages: Stages) -> No
         assert row["completion_loss_sum_nats"] == pytest.approx(nats, rel=5e-3)
 
 
-def test_what_two_bits_lost_is_won_back_by_learning_from_the_parent(stages: Stages) -> None:
+def test_what_two_bits_lost_is_won_back_by_learning_from_the_parent(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def step_and_stop(trainer: Trainer, rows: Rows) -> Any:
+        norm = step(trainer, rows)
+        if trainer.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_and_stop)
+        with pytest.raises(WorkInterrupted):
+            recover.run(stages)
+    command.run(stages)  # another training of the same name does not mind
+    quantize = stages.recipe.quantize
+    assert quantize and quantize.recover
+    changed = quantize.recover.model_copy(update={"r": 8})
+    other = stages.recipe.model_copy(
+        update={"quantize": quantize.model_copy(update={"recover": changed})}
+    )
+    with pytest.raises(UserError, match="recover.r: 16 → 8"):
+        recover.run(Stages(other))
+
     made = recover.run(stages)["adapters"]["w2a16"]
     assert made["eval_loss_after"] < 0.7 * made["eval_loss_before"]
     adapter = stages.made(stages.recovered("w2a16"))
