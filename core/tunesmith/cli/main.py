@@ -37,7 +37,7 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Discard = Annotated[
     bool,
-    typer.Option("--discard", help="Drop an interrupted training that this recipe differs from."),
+    typer.Option("--discard", help="Drop interrupted work that this recipe differs from."),
 ]
 
 # Where each command lives, and the extra that brings what it imports.
@@ -142,9 +142,14 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
 
 @app.command()
-def batch(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def batch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
     """Answer a file of prompts."""
-    _execute("batch", recipe, overrides, as_json)
+    _execute("batch", recipe, overrides, as_json, discard=discard)
 
 
 @app.command()

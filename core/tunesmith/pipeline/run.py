@@ -84,7 +84,7 @@ def _local(output: str) -> tuple[Path, ...]:
 def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -> dict[str, Any]:
     """Do all steps and write the report; returns ids, seconds and the summary.
 
-    `discard` drops an interrupted training that the recipe differs from. Raises the error of the
+    `discard` drops interrupted work that the recipe differs from. Raises the error of the
     first step that fails, with that step's exit code.
     """
     started_s = time.monotonic()
@@ -99,7 +99,7 @@ def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -
             continue
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
-        flags = ("--discard",) if discard and step.name in ("train", "recover") else ()
+        flags = ("--discard",) if discard and step.name in ("train", "recover", "batch") else ()
         if step.recipe:
             _spawn(step, step.recipe, _store_of(recipe))
         else:

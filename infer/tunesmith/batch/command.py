@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.batch.generate import generate
+from tunesmith.batch.drift import SHARDS, check_drift, note_output
+from tunesmith.batch.generate import Job, generate
 from tunesmith.batch.models import batch_origin, batch_spec
 from tunesmith.batch.output import ERRORS, OUTPUT, write_output
 from tunesmith.batch.publish import check_output, publish
@@ -12,23 +13,25 @@ from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
+from tunesmith.engine import find_places
 from tunesmith.ledger import Artifact, gpu_names
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.batch import digest_batch
 from tunesmith.terminal import log, make_table
 
 
-def run(stages: Stages) -> dict[str, Any]:
+def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     """Answer what has no answer yet and write the output file.
 
-    Raises GateError, with everything written, when more rows failed than
-    `batch.max_error_rate` allows.
+    Raises UserError when a batch that was interrupted would be left behind, unless `discard`, and
+    GateError, with everything written, when more rows failed than `batch.max_error_rate` allows.
     """
     section = stages.recipe.batch
     if section is None:
         raise UserError(f"{stages.path}: this needs a batch section")
     draft = stages.batch()
     check_output(section)
+    check_drift(stages, section, discard=discard)
     found = stages.store.find(draft.id)
     artifact = found or _make(stages, section)
     entry = artifact.manifest.files[OUTPUT]
@@ -62,8 +65,12 @@ def show(result: dict[str, Any]) -> Any:
         *((f"error: {kind}", f"{count:,}") for kind, count in result["errors"].items()),
         ("prompt tokens", f"{result['prompt_tokens']:,}"),
         ("output tokens", f"{result['output_tokens']:,}"),
+        ("rows equal to earlier ones", f"{result['deduplicated_rows']:,}"),
+        ("rows done again after a stop", f"{result['rework_rows']:,}"),
+        ("engines started again", f"{result['restarts']:,}"),
         ("seconds of generation", f"{result['generation_s']:,.1f}"),
         ("output tokens/s", "-" if speed is None else f"{speed:,.0f}"),
+        ("USD", "-" if result["usd"] is None else f"{result['usd']:,.4f}"),
         ("USD per million output tokens", "-" if price is None else f"{price:,.4f}"),
         ("output", result["output"]),
         ("artifact", result["id"] + (" (made already)" if result["reused"] else "")),
@@ -82,12 +89,15 @@ def _make(stages: Stages, section: Batch) -> Artifact:
         valid += row.error is None
     if not total:
         raise DataError(f"batch.input: {section.input} has no rows")
-    usd_per_s = _usd_per_s(stages)
+    devices = stages.recipe.engine.tensor_parallel_size
+    places = find_places(section.replicas, devices)
+    usd_per_s = _usd_per_s(stages, len(places) * devices)
     with stages.store.write(draft, stages.recipe) as work:
-        shards = Shards(work.scratch / "shards", total)
+        note_output(work.scratch, section)
+        shards = Shards(work.scratch / SHARDS, total, {"id": draft.id})
         load_s = 0.0
         if shards.count < valid:
-            load_s = generate(section, spec, shards, valid, usd_per_s)
+            load_s = generate(Job(section, spec, places, valid, usd_per_s), shards)
         totals = write_output(section, shards, work.out, batch_origin(stages, section, usd_per_s))
         if digest_batch(stages.store, section) != draft.inputs["input"]:
             raise DataError(
@@ -105,6 +115,11 @@ def _make(stages: Stages, section: Batch) -> Artifact:
             "output_tokens": tokens,
             "load_s": round(load_s, 3),
             "generation_s": round(seconds, 3),
+            "usd": None if usd_per_s is None else usd_per_s * seconds,
+            "replicas": len(places),
+            "restarts": shards.restarts,
+            "rework_rows": max(0, shards.handed - shards.computed),
+            "deduplicated_rows": shards.repeated,
             "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
             "usd_per_million_output_tokens": (
                 usd_per_s * seconds / tokens * 1e6 if usd_per_s is not None and tokens else None
@@ -113,8 +128,7 @@ def _make(stages: Stages, section: Batch) -> Artifact:
     return stages.made(draft)
 
 
-def _usd_per_s(stages: Stages) -> float | None:
-    """Price of the devices that the engine holds."""
+def _usd_per_s(stages: Stages, devices: int) -> float | None:
+    """Price of the devices that the engines hold."""
     price = stages.recipe.price
-    devices = stages.recipe.engine.tensor_parallel_size if gpu_names() else 1
-    return None if price is None else price.gpu_hour_usd / 3600 * devices
+    return None if price is None else price.gpu_hour_usd / 3600 * (devices if gpu_names() else 1)

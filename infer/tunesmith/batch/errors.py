@@ -21,6 +21,7 @@ ErrorType = Literal[
     "unsupported_request",
     "prompt_too_long",
     "refused",
+    "engine_crashed",
 ]
 _LONGEST_QUOTE = 200
 

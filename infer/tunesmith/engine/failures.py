@@ -1,4 +1,4 @@
-"""Why vLLM did not start: the one line that matters, from an exception or from its log."""
+"""Why vLLM did not start, or died: the one line that matters, from an exception or from its log."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def start_failure(text: str, spec: EngineSpec, log_path: Path | None = None) -> 
             f"see the engine section of the recipe and the model's config.json{where}"
         )
     return TunesmithError(f"vLLM failed on {spec.adapter or spec.model}: {kind}: {cause}{where}")
+
+
+def death(text: str, spec: EngineSpec, log_path: Path) -> TunesmithError:
+    """The error for an engine that had started and then ended, from what it left in its log."""
+    kind, cause = root_cause(text) or ("", "")
+    reason = f"{kind}: {cause}" if kind else "it was killed, or left no reason"
+    return TunesmithError(f"vLLM died on {spec.adapter or spec.model}: {reason}; see {log_path}")
 
 
 def root_cause(text: str) -> tuple[str, str] | None:

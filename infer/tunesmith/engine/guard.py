@@ -26,7 +26,10 @@ def _die_with_guard() -> None:
 
 def main(parent_pid: int, command: list[str]) -> None:
     """Returns never: ends with SIGKILL of the group."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_guard)
+    # What was passed on to the guard beyond the standard streams is meant for the command.
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_guard, close_fds=False
+    )
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while process.poll() is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,15 +14,14 @@ from types import TracebackType
 from typing import Any
 
 from tunesmith.config.errors import TunesmithError
-from tunesmith.engine import guard
 from tunesmith.engine.environment import has_gpu_engine, server_environment
 from tunesmith.engine.failures import start_failure
+from tunesmith.engine.group import end_group, start_group
 from tunesmith.engine.spec import EngineSpec, engine_arguments
 
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
 _STOP_TIMEOUT_S = 10.0
-_END_TIMEOUT_S = 10.0
 
 
 class EngineServer:
@@ -88,14 +85,8 @@ class EngineServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *self._flags(gpu)]
         with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-S", guard.__file__, str(os.getpid()), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(gpu=gpu),
-                start_new_session=True,
-            )
+            environment = server_environment(gpu=gpu)
+            self._process = start_group(command, log=log, environment=environment)
         try:
             self._wait_ready(started_s)
         except BaseException:
@@ -115,18 +106,8 @@ class EngineServer:
     def kill(self) -> None:
         """End every process of the group now, and wait until their memory is free again."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        # The group may outlive its leader, and its id is not given to others before it is empty.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdin
-        process.stdin.close()
-        # The others are init's to collect: SIGKILL is sent, but they may still be ending.
-        deadline_s = time.monotonic() + _END_TIMEOUT_S
-        while _has_living_members(process.pid) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+        if process is not None:
+            end_group(process)
 
     def _wait_ready(self, started_s: float) -> None:
         timeout_s = self.spec.settings.start_timeout_s
@@ -178,16 +159,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
-
-
-def _has_living_members(group: int) -> bool:
-    """Whether a process of the group still runs; a zombie holds no memory and no port."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, process_group, *_ = entry.read_text().rpartition(")")[2].split()
-            if int(process_group) == group and state != "Z":
-                return True
-    return False
 
 
 def _is_healthy(url: str) -> bool:

@@ -10,6 +10,8 @@ from tunesmith.engine.offline import lora_request
 from tunesmith.engine.requests import Answer, Request, answer, calls
 from tunesmith.engine.spec import EngineSpec
 
+_END = object()
+
 
 @dataclass
 class _Open:
@@ -21,11 +23,12 @@ class _Open:
 
 
 def stream(
-    llm: Any, requests: Iterable[Request], *, window: int, spec: EngineSpec
+    llm: Any, requests: Iterable[Request | None], *, window: int, spec: EngineSpec
 ) -> Iterator[tuple[int, Answer | Exception]]:
     """Answers by key, in the order in which they finish; the exception where vLLM refused one.
 
-    At most `window` requests are in the engine at a time, and `requests` is read no further.
+    At most `window` requests are in the engine at a time, and `requests` is read no further. A
+    None among them says that there is no other at the moment.
     """
     from vllm.exceptions import VLLMClientError
     from vllm.inputs.engine import tokens_input
@@ -36,9 +39,9 @@ def stream(
     opened: dict[int, _Open] = {}
     while True:
         while not is_exhausted and len(opened) < window:
-            request = next(waiting, None)
-            if request is None:
-                is_exhausted = True
+            request = next(waiting, _END)
+            if not isinstance(request, Request):
+                is_exhausted = request is _END
                 break
             sent = []
             try:
@@ -56,7 +59,9 @@ def stream(
                 engine.abort_request(sent, internal=True)
                 yield request.key, error
         if not opened:
-            return
+            if is_exhausted:
+                return
+            continue
         for output in engine.step():
             if not output.finished:
                 continue

@@ -13,7 +13,8 @@ from tunesmith.batch.answers import Origin
 from tunesmith.batch.output import write_output
 from tunesmith.batch.results import result_of
 from tunesmith.batch.rows import read_rows
-from tunesmith.batch.shards import Shards
+from tunesmith.batch.shards import Shards, count_finished
+from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import Answer, Output
 
@@ -55,11 +56,39 @@ def test_a_shard_that_the_disk_does_not_take_leaves_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space.*00000001.jsonl"):
             shards.commit([(1, result("lost"))], 1.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000000.jsonl"]
+    assert [path.name for path in tmp_path.glob("*.*")] == ["00000000.jsonl"]
     shards.commit([(1, result("again"))], 1.0)
     assert text_of(shards[0]) == "kept" and text_of(shards[1]) == "again"
+
+
+def test_an_equal_row_has_the_result_of_the_first_one(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, 9)
+    digest = "a" * 32
+    shards.commit([(5, {"same_as": 2, "device_s": 0.0})], 1.0)
+    shards.commit([(2, {"digest": digest, **result('{"digest": "x"}'), "device_s": 4.0})], 1.0, 2)
+    shards.commit([(3, {"error": {"type": "prompt_too_long", "detail": ""}})], 1.0)
+    for opened in (shards, Shards(tmp_path, 9)):
+        assert opened[5] == opened[2] | {"same_as": 2, "device_s": 0.0}
+        assert list(opened.digests()) == [(2, digest)] and "digest" not in opened[2]
+        counts = opened.count, opened.repeated, opened.computed, opened.restarts
+        assert counts == (3, 1, 1, 2)
+    assert count_finished(tmp_path) == 3
+
+
+def test_what_was_handed_out_is_known_after_a_kill(tmp_path: Path) -> None:
+    for handed in (30, 12, 0):
+        shards = Shards(tmp_path, 9)
+        shards.note_handed(handed)
+    assert Shards(tmp_path, 9).handed == 42
+
+
+def test_results_of_another_job_are_refused(tmp_path: Path) -> None:
+    Shards(tmp_path, 9, {"id": "batch-1"}).commit([(0, result("mine"))], 1.0)
+    assert Shards(tmp_path, 9, {"id": "batch-1"}).count == 1
+    with pytest.raises(UserError, match="results of another job: id differs"):
+        Shards(tmp_path, 9, {"id": "batch-2"})
 
 
 @pytest.fixture

@@ -142,6 +142,14 @@ class Batch(Section):
     max_error_rate: Fraction = 0.0
     """Share of rows that may fail before the command ends with exit code 3."""
 
+    reuse: bool = True
+    """Compute equal requests once, and order the others so that the prefix cache helps most; the
+    output stays in input order."""
+
+    replicas: Positive | None = None
+    """Engines side by side on this machine, each with `engine.tensor_parallel_size` GPUs; as many
+    as the GPUs have room for when null, one on a CPU."""
+
     @property
     def column_keys(self) -> list[str]:
         """Those of the keys here that say what to make of plain columns."""
