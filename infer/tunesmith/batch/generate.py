@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from tunesmith.batch.errors import RowError, refusal
-from tunesmith.batch.prepare import Digests, Prepared, Same, Wrong, ahead, prepare
+from tunesmith.batch.prepare import Ahead, Digests, Prepared, Same, Wrong, prepare
 from tunesmith.batch.progress import Rate
 from tunesmith.batch.requests import RequestMaker
 from tunesmith.batch.rows import read_rows
@@ -82,7 +82,7 @@ def _results(
         nonlocal others
         writer.start()
         rate.start()
-        for item in ahead(windows):
+        for item in ahead:
             match item:
                 case Wrong():
                     writer.add(item.index, item.error)
@@ -94,18 +94,19 @@ def _results(
                     continue
             others += 1
 
-    for request, made in pool.stream(requests()):
-        if isinstance(made, Answer):
-            writer.add(request.key, made, request.digest)
-            yield made
-        else:
-            writer.add(request.key, _fault(request, made), request.digest)
-            yield None
+    with closing(Ahead(windows)) as ahead:
+        for request, made in pool.stream(requests()):
+            if isinstance(made, Answer):
+                writer.add(request.key, made, request.digest)
+                yield made
+            else:
+                writer.add(request.key, _fault(request, made), request.digest)
+                yield None
+            for _ in range(others):
+                yield None
+            others = 0
         for _ in range(others):
             yield None
-        others = 0
-    for _ in range(others):
-        yield None
 
 
 def _fault(request: Request, error: Exception) -> RowError:
@@ -117,13 +118,13 @@ def _fault(request: Request, error: Exception) -> RowError:
 @contextmanager
 def _finish_on_signal(pool: EnginePool) -> Iterator[None]:
     """The first SIGTERM or Ctrl-C lets rows in flight finish; a second one interrupts, as does
-    the first where none are."""
+    the first while no engine is up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(_number: int, _frame: object) -> None:
-        if pool.is_stopping or not pool.open:
+        if pool.is_stopping or not pool.is_ready:
             raise KeyboardInterrupt
         pool.stop()
         log(f"batch: finishing {pool.open} rows in flight; once more to stop at once")

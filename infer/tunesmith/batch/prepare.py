@@ -7,7 +7,6 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.batch.errors import RowError
 from tunesmith.batch.requests import RequestMaker
@@ -115,35 +114,40 @@ class Digests:
             self._table[slot] = entry
 
 
-def ahead(make: Callable[[], Iterator[list[Prepared]]]) -> Iterator[Prepared]:
-    """The contents of the windows, each made by another thread while the one before is used."""
-    made: queue.Queue[Any] = queue.Queue(maxsize=1)
-    is_closed = threading.Event()
+class Ahead:
+    """The contents of windows that another thread makes, from now on, one window ahead."""
 
-    def put(item: Any) -> None:
-        while not is_closed.is_set():
-            try:
-                return made.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+    def __init__(self, make: Callable[[], Iterator[list[Prepared]]]) -> None:
+        self._make = make
+        self._made: queue.Queue[list[Prepared] | BaseException | None] = queue.Queue(maxsize=1)
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def work() -> None:
-        try:
-            for window in make():
-                put(window)
-                if is_closed.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (window := made.get()) is not None:
+    def __iter__(self) -> Iterator[Prepared]:
+        while (window := self._made.get()) is not None:
             if isinstance(window, BaseException):
                 raise window
             window.reverse()
             while window:
                 yield window.pop()
-    finally:
-        is_closed.set()
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        self._is_closed.set()
+
+    def _work(self) -> None:
+        try:
+            for window in self._make():
+                self._put(window)
+                if self._is_closed.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: list[Prepared] | BaseException | None) -> None:
+        while not self._is_closed.is_set():
+            try:
+                return self._made.put(item, timeout=0.2)
+            except queue.Full:
+                continue

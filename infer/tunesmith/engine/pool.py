@@ -99,6 +99,11 @@ class EnginePool:
         return sum(len(engine.flying) for engine in self._engines)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether any engine is up, and so may be at requests."""
+        return any(engine.is_ready for engine in self._engines)
+
+    @property
     def pids(self) -> list[int]:
         """The process group of every engine that is up."""
         return [engine.process.pid for engine in self._engines if engine.process]

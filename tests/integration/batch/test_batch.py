@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,15 +61,26 @@ def batch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def stop_after(folder: Path, rows: int, signal_number: int) -> int:
-    """Start, send a signal once so many rows are committed, return the exit code."""
+def stop_after(
+    folder: Path, rows: int, signal_number: int, *, engine_after: int | None = None
+) -> int:
+    """Start, send a signal once so many rows are committed, return the exit code; before that kill
+    only the engine once `engine_after` rows are."""
     with subprocess.Popen(command(folder), cwd=folder, stderr=subprocess.DEVNULL) as process:
-        deadline_s = time.monotonic() + 240
-        while committed(folder) < rows and process.poll() is None:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        if engine_after is not None:
+            wait_for(folder, engine_after, process)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            os.killpg(int(children.read_text().split()[0]), signal.SIGKILL)
+        wait_for(folder, rows, process)
         process.send_signal(signal_number)
         return process.wait()
+
+
+def wait_for(folder: Path, rows: int, process: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + 240
+    while committed(folder) < rows and process.poll() is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def committed(folder: Path) -> int:
@@ -83,11 +95,11 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, Any]:
-    """A job that was killed, then asked to stop, then finished; what each left."""
+    """A job that was killed, then lost its engine and was asked to stop, then finished."""
     folder = make_job(tmp_path_factory.mktemp("killed"), llama)
     first = stop_after(folder, 60, signal.SIGKILL)
     left_by_kill = committed(folder)
-    second = stop_after(folder, left_by_kill + 60, signal.SIGTERM)
+    second = stop_after(folder, left_by_kill + 80, signal.SIGTERM, engine_after=left_by_kill + 20)
     left_by_stop = committed(folder)
     done = batch(folder)
     assert done.returncode == 0, done.stderr
@@ -116,6 +128,8 @@ def test_what_was_committed_is_not_done_again(killed: dict[str, Any]) -> None:
     assert found
     valid = ROWS - 4 * ROWS // 50  # the overlong prompts are valid until they are tokenised
     assert int(found[1]) == valid - killed["left"][1]
+    # The first attempt and the engine each had at most 3 * 8 rows that were in no shard.
+    assert killed["result"]["restarts"] == 1 and 0 < killed["result"]["rework_rows"] <= 48
 
 
 def test_wrong_rows_are_typed_and_their_columns_kept(killed: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tunesmith.batch import prepare as module
 from tunesmith.batch.errors import RowError
-from tunesmith.batch.prepare import Digests, Same, Wrong, ahead, is_repeatable, prepare
+from tunesmith.batch.prepare import Ahead, Digests, Same, Wrong, is_repeatable, prepare
 from tunesmith.batch.requests import Ask
 from tunesmith.batch.rows import Row
 from tunesmith.engine import Request
@@ -85,7 +85,7 @@ def test_the_next_window_is_made_while_one_is_used_and_no_further() -> None:
                 second_made.set()
             yield [at]
 
-    items = ahead(make)
+    items = iter(Ahead(make))
     assert next(items) == 0
     assert second_made.wait(5)
     assert made[-1] <= 3
@@ -97,7 +97,7 @@ def test_what_goes_wrong_while_reading_ahead_is_raised() -> None:
         yield [1]
         raise OSError("gone")
 
-    items = ahead(make)
+    items = iter(Ahead(make))
     assert next(items) == 1
     with pytest.raises(OSError, match="gone"):
         next(items)
