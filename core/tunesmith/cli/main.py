@@ -46,6 +46,7 @@ _COMMANDS = {
     "data": ("tunesmith.train.preview", "train"),
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
+    "recover": ("tunesmith.train.recover", "train"),
     "eval": ("tunesmith.evaluate.command", "infer"),
     "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
@@ -124,6 +125,17 @@ def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 
     Ends with exit code 3 when one is refused."""
     _execute("quantize", recipe, overrides, as_json)
+
+
+@app.command()
+def recover(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    discard: Discard = False,
+) -> None:
+    """Train the adapters that win back what quantization lost."""
+    _execute("recover", recipe, overrides, as_json, discard=discard)
 
 
 @app.command("eval")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import GateError, TunesmithError, WorkInterrupted, load_recipe
+from tunesmith.config import GateError, Recipe, TunesmithError, WorkInterrupted, load_recipe
 from tunesmith.ledger import Draft
 from tunesmith.pipeline.files import is_uri
 from tunesmith.pipeline.stages import Stages
@@ -36,6 +36,9 @@ class Step:
     outputs: tuple[Path, ...] = ()
     """Files outside the store that the step also leaves."""
 
+    recipe: Path | None = None
+    """Another recipe that it runs, in the same store."""
+
 
 def steps(stages: Stages) -> list[Step]:
     """What the recipe's sections ask for, in order, made or not."""
@@ -43,6 +46,13 @@ def steps(stages: Stages) -> list[Step]:
     found = []
     if recipe.data:
         found.append(Step("data", ("data", "--rows", "0"), (stages.dataset,)))
+    if recipe.quantize and stages.unquantized == stages.base and stages.builds_base:
+        path = Path(stages.builtin_base.path)
+        found.append(Step("base", ("train",), (stages.base,), recipe=path))
+    made = [stages.quantized(scheme) for scheme in stages.schemes] + stages.fidelities
+    quantizing = [Step("quantize", ("quantize",), tuple(made))] if recipe.quantize else []
+    if recipe.train and recipe.train.over:
+        found += quantizing
     if recipe.train:
         made = [
             stages.variants[name]
@@ -50,10 +60,11 @@ def steps(stages: Stages) -> list[Step]:
             if name in stages.variants
         ]
         found.append(Step("train", ("train",), tuple(made)))
-    if recipe.quantize:
-        made = [stages.quantized(scheme) for scheme in stages.schemes]
-        made += stages.fidelities
-        found.append(Step("quantize", ("quantize",), tuple(made)))
+    if not recipe.train or not recipe.train.over:
+        found += quantizing
+    if recipe.quantize and recipe.quantize.recovered:
+        made = [stages.recovered(scheme) for scheme in recipe.quantize.recovered]
+        found.append(Step("recover", ("recover",), tuple(made)))
     if recipe.evaluate:
         made = [stages.evaluation(name) for name in stages.evaluated]
         found.append(Step("eval", ("eval",), tuple(made)))
@@ -88,9 +99,12 @@ def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -
             continue
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
-        flags = ("--discard",) if discard and step.name in ("train", "batch") else ()
+        flags = ("--discard",) if discard and step.name in ("train", "recover", "batch") else ()
         try:
-            spawn(step.name, step.command, path, (*overrides, *flags))
+            if step.recipe:
+                spawn(step.name, step.command, step.recipe, _store_of(recipe))
+            else:
+                spawn(step.name, step.command, path, (*overrides, *flags))
         except StepError as error:
             if error.exit_code == GateError.exit_code:
                 log(f"report: {_report(stages, timings)}")
@@ -131,6 +145,13 @@ def _report(stages: Stages, timings: dict[str, float]) -> Path:
     from tunesmith.report import write_report
 
     return write_report(stages, stages.store.folder / "reports" / stages.recipe.name, timings)
+
+
+def _store_of(recipe: Recipe) -> tuple[str, ...]:
+    """The overrides with which another recipe uses the same store."""
+    store = recipe.store
+    ledger = (f"store.ledger={store.ledger}",) if store.ledger else ()
+    return (f"store.folder={store.folder}", *ledger)
 
 
 def spawn(

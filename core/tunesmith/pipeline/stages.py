@@ -19,6 +19,7 @@ from tunesmith.pipeline.batch import adapter_of, digest_adapter, digest_batch
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
+_RECOVER = "+recover"
 # The keys of `batch` that decide the answers.
 _BATCH_ANSWERS = (
     *("format", "split", "subset", "task", "id_column", "prompt", "messages", "system", "raw"),
@@ -89,6 +90,12 @@ class Stages:
         return Stages(recipe, self.store, str(path))
 
     @property
+    def trained_over(self) -> Draft:
+        """What the adapter is fitted to and served over: the base, or its quantized form."""
+        over = self.recipe.train.over if self.recipe.train else None
+        return self.quantized(over) if over else self.base
+
+    @property
     def builds_base(self) -> bool:
         """Whether the base is one that Tunesmith pre-trains itself."""
         return self.recipe.model.base == BUILTIN_BASE
@@ -105,6 +112,7 @@ class Stages:
                 train,
                 *("merge", "save_steps", "logging_steps", "report_to", "sharding"),
                 *("per_device_eval_batch_size", "torch_compile", "preflight"),
+                "over",  # the base among the parents says it
                 *unused,
             ),
             "model": _pick(self.recipe.model, "dtype"),
@@ -114,7 +122,7 @@ class Stages:
         parents = {"data": self.dataset.id}
         if train.method == "pretrain":
             return self._draft("base", "base", section, self._template, parents)
-        parents["base"] = self.base.id
+        parents["base"] = self.trained_over.id
         if train.method == "full":
             return self._draft("checkpoint", "tuned", section, self._template, parents)
         return self._draft("adapter", "adapter", section, self._template, parents)
@@ -127,6 +135,12 @@ class Stages:
         section = {"merge": _pick(self.recipe.model, "dtype")}
         parents = {"adapter": self.trained.id, "base": self.base.id}
         return self._draft("checkpoint", "tuned", section, parents=parents)
+
+    @property
+    def unquantized(self) -> Draft:
+        """The model that is quantized: the tuned one, unless the training is over what it makes."""
+        train = self.recipe.train
+        return self.tuned if train and not train.over else self.base
 
     def quantized(self, scheme: str) -> Draft:
         """One compressed checkpoint."""
@@ -147,8 +161,7 @@ class Stages:
         }
         if scheme == AUTO and quantize.device is None:
             section["machine"] = self._machine
-        parent = self.tuned if self.recipe.train else self.base
-        parents = {"parent": parent.id, "calibration": self.dataset.id}
+        parents = {"parent": self.unquantized.id, "calibration": self.dataset.id}
         return self._draft("checkpoint", scheme, section, self._calibration_inputs(scheme), parents)
 
     def _calibration_inputs(self, scheme: str) -> dict[str, str]:
@@ -210,6 +223,23 @@ class Stages:
         """
         return self.store.folder / "cache" / "calibration" / f"{self.quantized(scheme).id}.json"
 
+    def recovered(self, scheme: str) -> Draft:
+        """The adapter over one compressed checkpoint that is distilled from its parent."""
+        quantize, data = self.recipe.quantize, self.recipe.data
+        assert quantize and quantize.recover and data
+        section = {
+            "recover": _drop(quantize.recover, "schemes", "gradient_checkpointing"),
+            "model": _pick(self.recipe.model, "dtype"),
+            "data": _pick(data, "max_length", "truncation"),
+            "seed": self.recipe.seed,
+        }
+        parents = {
+            "base": self.quantized(scheme).id,
+            "teacher": self.unquantized.id,
+            "data": self.dataset.id,
+        }
+        return self._draft("adapter", f"recover {scheme}", section, self._template, parents)
+
     @cached_property
     def schemes(self) -> tuple[str, ...]:
         """The schemes of `quantize`, in the recipe's order."""
@@ -219,18 +249,29 @@ class Stages:
     def variants(self) -> dict[str, Draft]:
         """Every servable model of the recipe by name, from the least to the most processed.
 
-        `adapter` is served as a LoRA over `base`; all others are whole models.
+        Adapters are served as a LoRA over another model; see `served_over`.
         """
-        train = self.recipe.train
+        recipe, train = self.recipe, self.recipe.train
         found: dict[str, Draft] = {}
         if not train or train.method != "pretrain":
             found["base"] = self.base
-        if train:
-            if self.trained.kind == "adapter":
-                found["adapter"] = self.trained
-            if self.trained.kind != "adapter" or train.merge:
+        adapter = {"adapter": self.trained} if train and self.trained.kind == "adapter" else {}
+        if train and not train.over:
+            found |= adapter
+            if not adapter or train.merge:
                 found["tuned"] = self.tuned
-        return found | {scheme: self.quantized(scheme) for scheme in self.schemes}
+        for scheme in self.schemes:
+            found[scheme] = self.quantized(scheme)
+            if recipe.quantize and scheme in recipe.quantize.recovered:
+                found[f"{scheme}{_RECOVER}"] = self.recovered(scheme)
+        return found | adapter
+
+    def served_over(self, name: str) -> Draft | None:
+        """The model that a variant is served over as a LoRA; None for a whole one."""
+        name, draft = self.variant(name)
+        if draft.kind != "adapter":
+            return None
+        return self.trained_over if name == "adapter" else self.quantized(name.partition("+")[0])
 
     def variant(self, name: str | None) -> tuple[str, Draft]:
         """A variant by name; the last one when None. Raises UserError on one it does not have."""
@@ -309,7 +350,7 @@ class Stages:
         }
         parents = {name: self.variants[name].id for name in self.benchmarked}
         if "adapter" in parents:
-            parents["base"] = self.base.id
+            parents["base"] = self.trained_over.id
         if self.recipe.data:
             parents["data"] = self.dataset.id
         return self._draft("bench", f"bench {mode}", section, self._template, parents)
@@ -322,7 +363,7 @@ class Stages:
         section = {
             "mode": "train",
             "workload": dict(workload),
-            "train": self.recipe.train.model_dump(mode="json"),
+            "train": _drop(self.recipe.train, "over"),
             "model": _pick(self.recipe.model, "dtype"),
             "data": _pick(self.recipe.data, "max_length") if self.recipe.data else {},
             "machine": self._machine,
@@ -333,12 +374,16 @@ class Stages:
             return self._draft("bench", "bench train", section)
         parents = {"data": self.dataset.id}
         if self.recipe.train.method != "pretrain":
-            parents["base"] = self.base.id
+            parents["base"] = self.trained_over.id
         return self._draft("bench", "bench train", section, self._template, parents)
 
     @property
     def benchmarked(self) -> tuple[str, ...]:
-        """The variants that `bench` compares: the tuned model and its quantized copies."""
+        """The variants that `bench` compares: the tuned model and its quantized copies, or the
+        adapter that was trained over one."""
+        train = self.recipe.train
+        if train and train.over:
+            return ("adapter",)
         names = [name for name in self.variants if name not in ("base", "adapter")]
         return tuple(names or list(self.variants)[-1:])
 
@@ -357,6 +402,7 @@ class Stages:
         )
         stage = "train" if draft.label == "tuned" else stage
         stage = "quantize" if draft.label.startswith("fidelity ") else stage
+        stage = "recover" if draft.label.startswith("recover ") else stage
         raise UserError(
             f"the {draft.label} of {self.path} ({draft.id}) has not been made; "
             f"run: tunesmith {stage} {self.path} (or: tunesmith run {self.path})"
@@ -375,8 +421,8 @@ class Stages:
 
     def _served(self, variant: str) -> dict[str, str]:
         _, draft = self.variant(variant)
-        if draft.kind == "adapter":
-            return {"model": self.base.id, "adapter": draft.id}
+        if beneath := self.served_over(variant):
+            return {"model": beneath.id, "adapter": draft.id}
         return {"model": draft.id}
 
     @cached_property

@@ -139,7 +139,7 @@ def _variant(
     return Variant(
         name=name,
         artifact=artifact,
-        size_bytes=_size_bytes(stages, artifact),
+        size_bytes=_size_bytes(stages, name, artifact),
         loss=level(own, "completion_loss", confidence, recipe.seed) if own else None,
         change=_change(own, other, against, confidence, recipe.seed) if own and other else None,
         chrf=level(own, "chrf", confidence, recipe.seed) if own else None,
@@ -157,17 +157,23 @@ def _change(own: Rows, other: Rows, against: str, confidence: float, seed: int) 
     return Change(against, found.relative, found.excludes_zero)
 
 
-def _size_bytes(stages: Stages, artifact: Artifact | None) -> int | None:
+def _size_bytes(stages: Stages, name: str, artifact: Artifact | None) -> int | None:
+    """Of a variant's weights, with those of the model that it is served over."""
     if artifact is None:
         return None
-    weights = sum(
+    beneath = stages.served_over(name)
+    below = _weight_bytes(_found(stages, beneath)) if beneath else 0
+    return _weight_bytes(artifact) + below or None
+
+
+def _weight_bytes(artifact: Artifact | None) -> int:
+    if artifact is None:
+        return 0
+    return sum(
         entry.size_bytes
         for name, entry in artifact.manifest.files.items()
         if name.endswith((".safetensors", ".bin"))
     )
-    if artifact.manifest.kind != "adapter":
-        return weights or None
-    return weights + (_size_bytes(stages, _found(stages, stages.base)) or 0)
 
 
 def _evaluation_rows(stages: Stages, name: str) -> Rows | None:

@@ -25,7 +25,7 @@ def batch_spec(stages: Stages, section: Batch) -> EngineSpec:
     """
     spec = engine_spec(stages, section.model)
     name, draft = stages.variant(section.model)
-    model = stages.made(stages.base if name == "adapter" else draft)
+    model = stages.made(stages.served_over(name) or draft)
     adapters: dict[str, Path | None] = {}
     for called, adapter in stages.batch_adapters.items():
         if isinstance(adapter, Draft):
@@ -71,9 +71,9 @@ def _check_base(stages: Stages, called: str, adapter: Artifact, model: Artifact)
 
 def batch_origin(stages: Stages, section: Batch, usd_per_s: float | None) -> Origin:
     """What the rows of the output say about where they come from."""
-    _, draft = stages.variant(section.model)
+    variant, draft = stages.variant(section.model)
     names = {}
     for name, adapter in stages.batch_adapters.items():
-        named = adapter or stages.base
+        named = adapter or stages.served_over(variant) or stages.base
         names[name] = str(named) if isinstance(named, Path) else named.id
     return Origin(draft.id, names, usd_per_s, int(time.time()))

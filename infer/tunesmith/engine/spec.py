@@ -66,7 +66,8 @@ def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
     recipe = stages.recipe
     name, draft = stages.variant(variant)
     made = stages.made(draft)
-    adapter = made.root if draft.kind == "adapter" else None
+    beneath = stages.served_over(name)
+    adapter = made.root if beneath else None
     template = recipe.model.chat_template
     if template is None and adapter and (adapter / _TEMPLATE).is_file():
         template = adapter / _TEMPLATE
@@ -74,7 +75,7 @@ def engine_spec(stages: Stages, variant: str | None) -> EngineSpec:
     if recipe.model.chat_template and (name != "base" or not recipe.train):
         _check_template(stages, made, recipe.model.chat_template)
     return EngineSpec(
-        model=stages.made(stages.base).root if adapter else made.root,
+        model=stages.made(beneath).root if beneath else made.root,
         settings=recipe.engine,
         dtype=recipe.model.dtype,
         served_name=recipe.name,

@@ -30,7 +30,8 @@ def read_rows(artifact: Artifact) -> Rows:
 def refused(stages: Stages, name: str) -> str | None:
     """Why the engine of this machine cannot run a variant; None when it can."""
     capability = gpu_capability() if has_gpu_engine() else None
-    devices = stages.made(stages.variants[name]).manifest.metrics.get("devices")
+    loaded = stages.served_over(name) or stages.variants[name]
+    devices = stages.made(loaded).manifest.metrics.get("devices")
     return refusal(devices, capability, has_amx=has_amx()) if devices else None
 
 

@@ -21,7 +21,7 @@ def make(stages: Stages, name: str) -> Artifact:
     recipe = stages.recipe
     assert recipe.quantize
     method = Method.of(recipe.quantize, name)
-    parent = stages.made(stages.tuned if recipe.train else stages.base)
+    parent = stages.made(stages.unquantized)
     calibration = None
     if method.calibrated:
         calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)

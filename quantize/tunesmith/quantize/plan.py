@@ -182,7 +182,7 @@ def show(planned: list[dict[str, Any]]) -> Any:
 def _folder(stages: Stages) -> Path | None:
     """Where the parent's configuration and tokenizer are, as far as they are there already."""
     recipe = stages.recipe
-    parent = stages.store.find((stages.tuned if recipe.train else stages.base).id)
+    parent = stages.store.find(stages.unquantized.id)
     if parent:
         return parent.root
     pretrains = recipe.train and recipe.train.method == "pretrain"

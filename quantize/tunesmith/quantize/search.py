@@ -137,7 +137,7 @@ def _candidates(stages: Stages) -> tuple[dict[str, int], dict[str, str]]:
     """Bytes of each scheme that can be tried, smallest first; the reason of each that cannot."""
     quantize = stages.recipe.quantize
     assert quantize
-    parent = stages.made(stages.tuned if stages.recipe.train else stages.base)
+    parent = stages.made(stages.unquantized)
     skeleton = Skeleton.of(
         parent.root, stages.recipe.model.dtype, stages.recipe.model.trust_remote_code
     )
@@ -220,7 +220,7 @@ def _mixes(stages: Stages, failed: Tried, bound: int) -> Iterator[Tried]:
 def _by_sensitivity(stages: Stages, failed: Tried) -> list[str]:
     """The blocks of a checkpoint, the one that costs most first."""
     recipe = stages.recipe
-    parent = stages.made(stages.tuned if recipe.train else stages.base)
+    parent = stages.made(stages.unquantized)
     checkpoint = stages.store.get(failed.id)
     calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
     costs = block_divergences(
@@ -238,7 +238,7 @@ def _growth(stages: Stages, failed: Tried, keep: tuple[str, ...]) -> int:
     """Bytes that keeping these blocks adds."""
     recipe = stages.recipe
     assert recipe.quantize
-    parent = stages.made(stages.tuned if recipe.train else stages.base)
+    parent = stages.made(stages.unquantized)
     skeleton = Skeleton.of(parent.root, recipe.model.dtype, recipe.model.trust_remote_code)
     method = Method.of(recipe.quantize, failed.scheme)
     selection = select(skeleton.model, method)

@@ -63,6 +63,13 @@ def test_what_is_written_is_read_back(
     examples, plain = Examples(found), Examples([example(row) for row in rows])
     assert examples.lengths().tolist() == plain.lengths().tolist()
     assert examples.supervised().tolist() == plain.supervised().tolist()
+    everywhere = examples.everywhere(), plain.everywhere()
+    for every in everywhere:
+        assert every.supervised().tolist() == [len(row) - 1 for row in rows]
+        assert [e.learnt.tolist() for e in every.rows] == [
+            [at > 0 for at in range(len(row))] for row in rows
+        ]
+    assert examples.supervised().tolist() == plain.supervised().tolist()
     assert examples.largest_id == plain.largest_id == max(token for row in rows for token, _ in row)
 
 

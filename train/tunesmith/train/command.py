@@ -35,21 +35,21 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     from tunesmith.train.launch import is_launched, launch
     from tunesmith.train.merge import merge_stage
     from tunesmith.train.ranks import check_processes, join, main_first
-    from tunesmith.train.stage import make_base, train_stage
+    from tunesmith.train.stage import make_base, make_trained_over, train_stage
 
     is_made = stages.store.find(stages.trained.id) is not None
     if train.processes > 1 and not is_made and not is_launched():
-        check_drift(stages, discard=discard)
+        check_drift(stages, stages.trained, discard=discard)
         if stages.builds_base:
             make_base(stages, join())
         return launch(stages.recipe)
     accelerator = join()
     if not is_made:
         check_processes(accelerator, train.processes)
-    main_first(lambda: check_drift(stages, discard=discard))
+    main_first(lambda: check_drift(stages, stages.trained, discard=discard))
     result: dict[str, Any] = {"data": main_first(lambda: make_dataset(stages)).id}
     if train.method != "pretrain":
-        result["base"] = make_base(stages, accelerator).id
+        result["base"] = make_trained_over(stages, accelerator).id
     result["trained"] = _summary(train_stage(stages, accelerator))
     if stages.trained.kind == "adapter" and train.merge and accelerator.is_main_process:
         result["tuned"] = _summary(merge_stage(stages))

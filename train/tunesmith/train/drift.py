@@ -8,11 +8,18 @@ from tunesmith.pipeline.stages import Stages
 from tunesmith.train.checkpoint import newest
 
 
-def check_drift(stages: Stages, *, discard: bool) -> None:
+def check_drift(stages: Stages, new: Draft, *, discard: bool) -> None:
     """Raise UserError, saying what changed, rather than begin from nothing beside it."""
 
     def progress(draft: Draft) -> str | None:
         checkpoint = newest(stages.store.scratch(draft))
-        return f"step {int(checkpoint.name.partition('-')[2])}" if checkpoint else None
+        if checkpoint is None or _purpose(draft) != _purpose(new):
+            return None
+        return f"step {int(checkpoint.name.partition('-')[2])}"
 
-    drift.check_drift(stages, stages.trained, "training", progress, discard=discard)
+    drift.check_drift(stages, new, "training", progress, discard=discard)
+
+
+def _purpose(draft: Draft) -> str:
+    """What a training is for; the recipe's own may change its method and so its label."""
+    return draft.label if draft.label.startswith("recover ") else "train"

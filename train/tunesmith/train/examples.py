@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -66,6 +66,13 @@ class Examples:
         if isinstance(self.rows, TokenRows):
             return self.rows.supervised
         return np.array([row.learnt.sum() for row in self.rows], dtype=np.int64)
+
+    def everywhere(self) -> Examples:
+        """The same sequences, of which every token is learnt."""
+        if isinstance(self.rows, TokenRows):
+            return replace(self, rows=self.rows.everywhere())
+        rows = [Example(row.input_ids, np.arange(len(row.input_ids)) > 0) for row in self.rows]
+        return replace(self, rows=rows)
 
     @property
     def largest_id(self) -> int:

@@ -177,7 +177,8 @@ class Forecaster:
         wanted: list[Change] = [{}, {"train.gradient_checkpointing": "true"}]
         if train.optim.startswith("adamw_torch"):
             wanted.append({"train.optim": "adamw_8bit"})
-        if train.method == "lora" and not train.lora.changes_base:
+        is_quantized = train.over or getattr(self._config, "quantization_config", None)
+        if train.method == "lora" and not train.lora.changes_base and not is_quantized:
             wanted.append({"train.method": "qlora"})
         made: Change = {}
         for change in wanted:

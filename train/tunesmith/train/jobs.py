@@ -20,7 +20,7 @@ from tunesmith.train.loss import TokenLoss
 from tunesmith.train.ranks import main_first
 from tunesmith.train.ready import check_device, choose_layout, make_ready
 from tunesmith.train.sharding import shard
-from tunesmith.train.stage import make_base, prepare
+from tunesmith.train.stage import make_trained_over, prepare
 from tunesmith.train.workload import PROFILED_STEPS, Workload
 
 _STEPS_OF_ROWS = 4
@@ -45,7 +45,7 @@ def prepare_jobs(
         model, dtype, rows = _random(recipe, workload, accelerator, base_folder)
     else:
         dataset = main_first(lambda: make_dataset(stages))
-        base = None if settings.method == "pretrain" else make_base(stages, accelerator)
+        base = None if settings.method == "pretrain" else make_trained_over(stages, accelerator)
         parts = prepare(recipe, dataset, base, accelerator)
         model, dtype, rows = parts.model, parts.dtype, parts.train
         base_folder = base.root if base else None

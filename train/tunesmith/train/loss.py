@@ -136,6 +136,10 @@ class TokenLoss(nn.Module):
     ) -> Tensor:
         """Loss in nats of each target [N]."""
         hidden_ND = self._hidden(input_ids_BS, positions_N, bounds, longest)
+        return self._in_chunks(hidden_ND, targets_N)
+
+    def _in_chunks(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """The loss of each target, with a bounded number of logits at a time."""
         rows = max(1, _LARGEST_LOGITS // self._vocabulary)
         if self._head_is_frozen:
             fewest = _FEWEST_ROWS[hidden_ND.device.type]

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tunesmith.config.errors import ModelError
 from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.base import Dtype
 from tunesmith.config.schema.train import Architecture, Lora
+from tunesmith.train import compressed
 
 ALL_LINEAR = "all-linear"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -63,22 +65,26 @@ def load_base(
     trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model with every weight from disk; in 4-bit NormalFloat with `nf4`,
-    whose bits are kept in tensors of `packed_in`.
+    whose bits are kept in tensors of `packed_in`. Compressed weights are made dense.
 
     Raises ModelError when transformers cannot load it, or the folder lacks some of its weights.
     """
     import transformers
 
     options: dict[str, Any] = {"quantization_config": _nf4_config(dtype, packed_in)} if nf4 else {}
+    is_compressed = compressed.is_compressed(folder)
+    if is_compressed:
+        options = compressed.loading_options(folder)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with compressed.without_bars() if is_compressed else nullcontext():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, OSError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"{folder}: transformers cannot load it as a causal language model: {_line(error)}"
@@ -90,6 +96,8 @@ def load_base(
         )
     if nf4:
         _keep_unpacked(model)
+    if is_compressed:
+        compressed.make_dense(model, dtype)
     return model
 
 

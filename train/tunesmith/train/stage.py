@@ -11,13 +11,15 @@ import torch
 from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.train import Train
 from tunesmith.data import make_dataset
-from tunesmith.ledger import Artifact
+from tunesmith.ledger import Artifact, Draft
 from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 from tunesmith.train import model as models
 from tunesmith.train.checkpoint import whole_weights
+from tunesmith.train.compressed import check_base
 from tunesmith.train.devices import in_gib, peak_memory_bytes
+from tunesmith.train.distil import Distillation
 from tunesmith.train.examples import Examples
 from tunesmith.train.language import (
     EVALUATION_FILE,
@@ -27,12 +29,13 @@ from tunesmith.train.language import (
     read_language,
 )
 from tunesmith.train.loop import METRICS_FILE, Job, Trainer
-from tunesmith.train.loss import TokenLoss, check_logits
+from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
 from tunesmith.train.progress import Progress
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.ready import check_device, check_memory, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
 from tunesmith.train.sharding import fill, hollow, shard
+from tunesmith.train.side import Layout
 from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
@@ -57,6 +60,20 @@ def make_base(stages: Stages, accelerator: Any) -> Artifact:
     return main_first(lambda: stages.made(stages.base))
 
 
+def make_trained_over(stages: Stages, accelerator: Any) -> Artifact:
+    """The model that the training starts from: the base, or what `quantize` made of it.
+
+    Raises UserError when that is not made yet, or `train` asks of quantized weights what they
+    cannot give.
+    """
+    base = make_base(stages, accelerator)
+    if stages.trained_over != stages.base:
+        base = main_first(lambda: stages.made(stages.trained_over))
+    assert stages.recipe.train
+    check_base(base.root, stages.recipe.train)
+    return base
+
+
 def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     """What `train` makes: an adapter, a checkpoint or a new base; found or trained.
 
@@ -67,22 +84,53 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     recipe = stages.recipe
     assert recipe.train
     dataset = main_first(lambda: make_dataset(stages))
-    base = None if recipe.train.method == "pretrain" else make_base(stages, accelerator)
+    is_new = recipe.train.method == "pretrain"
+    base = None if is_new else make_trained_over(stages, accelerator)
+    return _learn(stages, stages.trained, recipe, dataset, base, accelerator)
+
+
+def recover_stage(stages: Stages, scheme: str, recipe: Recipe, accelerator: Any) -> Artifact:
+    """The adapter over one checkpoint that learns what its parent predicts; `recipe` says how.
+
+    Raises WorkInterrupted when asked to stop; the next call resumes.
+    """
+    checkpoint, teacher = stages.made(stages.quantized(scheme)), stages.made(stages.unquantized)
+    draft, dataset = stages.recovered(scheme), make_dataset(stages)
+    return _learn(stages, draft, recipe, dataset, checkpoint, accelerator, teacher)
+
+
+def _learn(
+    stages: Stages,
+    draft: Draft,
+    recipe: Recipe,
+    dataset: Artifact,
+    base: Artifact | None,
+    accelerator: Any,
+    teacher: Artifact | None = None,
+) -> Artifact:
+    """The training of an artifact, as `recipe.train` says; from a teacher, if there is one."""
+    assert recipe.train
     is_sharded = recipe.train.sharding == "full"
-    with write_together(stages, stages.trained) as work:
+    with write_together(stages, draft) as work:
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         parts = prepare(recipe, dataset, base, accelerator)
         saved = hollow(parts.model) if is_sharded else parts.model
-        loss = TokenLoss(parts.model, parts.dtype)
+        loss = _taught(parts, teacher, recipe, accelerator)
         if is_sharded:
             shard(loss, accelerator)
         check_logits(loss, parts.train.rows[0], accelerator.device)
+        layout = choose_layout(recipe, parts.train.rows, loss, accelerator)
+        if isinstance(loss, Distillation) and layout.as_documents:
+            rows, device = parts.train.rows, accelerator.device
+            layout = Layout() if keep_documents_apart(loss.teacher, rows, device) else layout
+        # A teacher has something to say of every token, not of the learnt ones alone.
+        taught = parts.train.everywhere() if teacher else parts.train
         job = Job(
             loss,
-            parts.train,
+            taught,
             parts.evaluation,
-            choose_layout(recipe, parts.train.rows, loss, accelerator),
+            layout,
             recipe.train,
             parts.dtype,
             recipe.seed,
@@ -90,7 +138,7 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
         )
         if recipe.train.lora.changes_base and accelerator.is_main_process:
             parts.model.save_pretrained(work.scratch / _INITIAL, save_embedding_layers=False)
-        with tracked(stages, stages.trained, work.scratch, accelerator):
+        with tracked(stages, draft, work.scratch, accelerator):
             progress = Trainer(job, accelerator).run()
         if is_sharded:
             fill(saved, whole_weights(parts.model, keep=accelerator.is_main_process))
@@ -98,7 +146,18 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
             _save(replace(parts, model=saved), recipe.train, work, base)
         work.metrics |= _metrics(parts, recipe.train, progress, base)
         work.metrics["peak_memory_gib"] = in_gib(peak_memory_bytes(accelerator.device))
-    return stages.made(stages.trained)
+    return stages.made(draft)
+
+
+def _taught(parts: Parts, teacher: Artifact | None, recipe: Recipe, accelerator: Any) -> TokenLoss:
+    """What the model answers with: the loss of each token, or how far it is from its teacher."""
+    if teacher is None:
+        return TokenLoss(parts.model, parts.dtype)
+    trust = recipe.model.trust_remote_code
+    loaded = models.load_base(
+        teacher.root, parts.dtype, accelerator.device, trust_remote_code=trust
+    )
+    return Distillation(parts.model, loaded, parts.dtype)
 
 
 def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:

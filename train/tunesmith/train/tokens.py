@@ -8,6 +8,7 @@ FOLDER/supervised.bin  int64, learnt tokens of each sequence
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class TokenRows(Sequence[Example]):
         # Plain arrays over the mapping: numpy's own class makes each slice a slow object.
         self._ids = np.asarray(np.memmap(folder / "ids.bin", np.int32, "r"))
         self._learnt = np.asarray(np.memmap(folder / "learnt.bin", np.bool_, "r"))
+        self._is_everywhere = False
         sizes = {len(self._ids), len(self._learnt), int(self._ends[-1])}
         if len(sizes) > 1 or len(self._ends) != len(self.supervised) + 1:
             raise ValueError(f"{folder}: its files do not belong together")
@@ -72,6 +74,13 @@ class TokenRows(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence."""
         return np.diff(self._ends)
+
+    def everywhere(self) -> TokenRows:
+        """The same sequences, of which every token but the first is learnt."""
+        found = copy.copy(self)
+        found._is_everywhere = True
+        found.supervised = self.lengths - 1
+        return found
 
     @property
     def largest_id(self) -> int:
@@ -94,7 +103,8 @@ class TokenRows(Sequence[Example]):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         start, end = int(self._ends[at]), int(self._ends[at + 1])
-        return Example(self._ids[start:end], self._learnt[start:end])
+        learnt = np.arange(end - start) > 0 if self._is_everywhere else self._learnt[start:end]
+        return Example(self._ids[start:end], learnt)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[at] for at in range(len(self)))

@@ -25,8 +25,7 @@ def tracked(stages: Stages, draft: Draft, scratch: Path, accelerator: Any) -> It
 
     Raises MissingExtraError when the package of a tracker is not installed.
     """
-    assert stages.recipe.train
-    names = stages.recipe.train.report_to
+    names = stages.recipe.train.report_to if stages.recipe.train else ()
     for name in names:
         require(name, name)
     if not names:

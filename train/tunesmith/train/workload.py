@@ -48,6 +48,8 @@ class Workload:
         assert train
         if self.shape and train.method == "pretrain":
             raise UserError("--shape: train.architecture is the shape of a model to pre-train")
+        if (self.shape or self.peer) and train.over:
+            raise UserError("--shape and --peer go without train.over; leave it out")
         if self.peer:
             from tunesmith.train.peer import trl_lora
 

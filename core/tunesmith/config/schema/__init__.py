@@ -86,9 +86,16 @@ class Recipe(Section):
             raise ValueError("train.base_precision: fp8 needs model.dtype: bfloat16")
         if self.quantize and not self.data:
             raise ValueError("quantize needs a data section to calibrate on")
+        over = self.train.over if self.train else None
+        schemes = self.quantize.schemes if self.quantize else ()
+        if over and over not in schemes:
+            raise ValueError(f"train.over: {over} is made by quantize: add it to quantize.scheme")
         adapts = self.train and self.train.method in ("lora", "qlora") and not self.train.merge
-        if self.quantize and adapts:
-            raise ValueError("quantize needs the merged model: train.merge: true")
+        if self.quantize and adapts and not over:
+            raise ValueError(
+                "quantize needs the merged model: train.merge: true, or train.over to train over "
+                "the quantized base"
+            )
         if self.evaluate and not self.data:
             raise ValueError("evaluate needs a data section")
         if self.train and self.train.sharding == "full" and self.model.dtype == "float16":

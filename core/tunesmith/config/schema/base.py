@@ -35,7 +35,23 @@ SchemeName = Literal[
 ]
 """The rows of `tunesmith.config.schemes.SCHEMES`."""
 
-Variant = Literal["base", "tuned", "adapter", "auto", SchemeName]
+RecoveredName = Literal[
+    "w8a8-int8+recover",
+    "fp8-dynamic+recover",
+    "fp8-static+recover",
+    "fp8-block+recover",
+    "w8a16+recover",
+    "w4a16+recover",
+    "w3a16+recover",
+    "w2a16+recover",
+    "nvfp4+recover",
+    "nvfp4a16+recover",
+    "mxfp4+recover",
+    "mxfp4a16+recover",
+]
+"""The same under the adapter that `quantize.recover` makes for each."""
+
+Variant = Literal["base", "tuned", "adapter", "auto", SchemeName, RecoveredName]
 
 
 class Store(Section):

@@ -35,6 +35,29 @@ class Search(Section):
     bits, as long as that is smaller than what passes."""
 
 
+class Recover(Section):
+    """A LoRA over each checkpoint that wins back what quantization lost: it is distilled from the
+    model that was quantized, on the training rows, and served over the checkpoint."""
+
+    schemes: tuple[SchemeName, ...] | None = None
+    """Those of `scheme` that get one; all when null."""
+
+    r: Positive = 32
+    """Rank of the adapter."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate, after a short warm-up and before a cosine to nothing."""
+
+    max_steps: Positive = 200
+    """Optimizer steps."""
+
+    per_device_train_batch_size: Positive = 8
+    """Sequences per optimizer step."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
 class Quantize(Section):
     """Compressed checkpoints of the tuned model (of the base where the recipe trains nothing), in
     the format that vLLM loads. Every key has to suit every scheme."""
@@ -109,6 +132,18 @@ class Quantize(Section):
     allow_refused: bool = False
     """Let serve, batch and bench take a checkpoint that its verification refused."""
 
+    recover: Recover | None = None
+    """Also make adapters that win back what was lost."""
+
+    @property
+    def recovered(self) -> tuple[str, ...]:
+        """The schemes whose checkpoints get an adapter, in the recipe's order."""
+        if self.recover is None:
+            return ()
+        asked = self.recover.schemes
+        made = [scheme for scheme in self.schemes if scheme != AUTO]
+        return tuple(scheme for scheme in made if asked is None or scheme in asked)
+
     @property
     def schemes(self) -> tuple[SchemeName | Literal["auto"], ...]:
         """What `scheme` names."""
@@ -151,6 +186,19 @@ class Quantize(Section):
             "calibration_tokens": self.calibration_tokens,
             "calibration_text": self.calibration_text if is_named else "file",
         }
+
+    @field_validator("recover")
+    @classmethod
+    def _what_is_recovered_is_made(
+        cls, recover: Recover | None, info: ValidationInfo
+    ) -> Recover | None:
+        if recover and info.data.get("scheme") == AUTO:
+            raise ValueError("name the schemes: what auto takes is not known before")
+        made = [scheme.name for scheme in _asked(info)]
+        for name in (recover.schemes or ()) if recover and made else ():
+            if name not in made:
+                raise ValueError(f"{name} is not made: add it to quantize.scheme")
+        return recover
 
     @field_validator("device")
     @classmethod

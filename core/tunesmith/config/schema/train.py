@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.config.schema.base import Fraction, Positive, Section
+from tunesmith.config.schema.base import Fraction, Positive, SchemeName, Section
 
 Method = Literal["lora", "qlora", "full", "pretrain"]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -183,6 +183,10 @@ class Train(Section):
     their memory and speeds up their products, on NVIDIA GPUs of Ada, Hopper or newer only. For
     4 bits there is `method: qlora`."""
 
+    over: SchemeName | None = None
+    """Fit the adapter to the base in this form, one of `quantize.scheme`, and serve it over that:
+    the base is quantized first, and nothing is merged; for `lora`."""
+
     eval_steps: Annotated[float, Field(gt=0.0)] = 0.25
     """Steps between evaluations; a value below 1 is a share of all steps."""
 
@@ -206,7 +210,15 @@ class Train(Section):
     each has an extra of its name."""
 
     merge: bool = True
-    """Also write the adapter merged into its base as a checkpoint."""
+    """Also write the adapter merged into its base as a checkpoint; false by default with `over`,
+    whose base cannot take it without being quantized anew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_merged_into_quantized_weights(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("over") and "merge" not in given:
+            return given | {"merge": False}
+        return given
 
     @model_validator(mode="after")
     def _methods_have_what_they_need(self) -> Train:
@@ -231,4 +243,17 @@ class Train(Section):
                 raise ValueError("base_precision is for method: lora")
             if self.lora.use_dora or self.lora.changes_base:
                 raise ValueError("base_precision: fp8 goes with neither lora.use_dora nor pissa")
+        if self.over:
+            self._check_over()
         return self
+
+    def _check_over(self) -> None:
+        """What is served over quantized weights has to be an adapter that leaves them alone."""
+        if self.method != "lora":
+            raise ValueError("over is for method: lora")
+        if self.merge:
+            raise ValueError("over: the base stays as it is quantized: merge: false")
+        if self.lora.use_dora or self.lora.changes_base:
+            raise ValueError("over goes with neither lora.use_dora nor pissa")
+        if self.base_precision != "same":
+            raise ValueError("over says what the base is like: leave base_precision out")
