@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Algorithm = Literal["gptq", "rtn", "awq", "autoround"]
 
@@ -138,6 +138,25 @@ def refusal(
     known = sorted(int(name.removeprefix("sm_")) for name in devices if name.startswith("sm_"))
     older = [number for number in known if number <= capability]
     return devices[f"sm_{older[-1]}"] if older else None
+
+
+def schemes_in(quantization: Mapping[str, Any]) -> list[Scheme]:
+    """The schemes of the table that a checkpoint's `quantization_config` uses."""
+    groups = quantization.get("config_groups", {}).values()
+    return [scheme for scheme in SCHEMES.values() if any(_is_of(scheme, group) for group in groups)]
+
+
+def _is_of(scheme: Scheme, group: Mapping[str, Any]) -> bool:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    size = weights.get("group_size")
+    return (
+        weights.get("num_bits") == scheme.weight_bits
+        and (weights.get("type") == "float") == scheme.is_float
+        and str(weights.get("strategy")).removeprefix("tensor_") == scheme.scales
+        and (scheme.scales != "group" or size in scheme.group_sizes)
+        and inputs.get("num_bits", 16) == scheme.activation_bits
+        and (inputs.get("dynamic") is False) == (scheme.scales == "tensor")
+    )
 
 
 def has_amx() -> bool:

@@ -1,7 +1,12 @@
 """Artifacts, their lineage, versions and aliases."""
 
 from tunesmith.ledger.database import open_database
-from tunesmith.ledger.environment import describe_environment, device_count, gpu_names
+from tunesmith.ledger.environment import (
+    describe_environment,
+    device_count,
+    gpu_capability,
+    gpu_names,
+)
 from tunesmith.ledger.index import Index, Row
 from tunesmith.ledger.manifest import Artifact, Cost, Draft, Kind, Manifest, hash_file
 from tunesmith.ledger.store import Store, Work
@@ -18,6 +23,7 @@ __all__ = [
     "Work",
     "describe_environment",
     "device_count",
+    "gpu_capability",
     "gpu_names",
     "hash_file",
     "open_database",

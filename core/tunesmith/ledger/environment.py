@@ -40,10 +40,20 @@ def describe_environment() -> dict[str, Any]:
 @cache
 def gpu_names() -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that this process may use."""
+    return _query_gpus("name")
+
+
+def gpu_capability() -> int | None:
+    """Compute capability of the first of them (90 for Hopper); None where there is none."""
+    found = _query_gpus("compute_cap")
+    return int(found[0].strip().replace(".", "")) if found else None
+
+
+def _query_gpus(field: str) -> tuple[str, ...]:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
         return ()
     listing = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     return tuple(listing.stdout.strip().splitlines()) if listing.returncode == 0 else ()

@@ -95,8 +95,9 @@ def adapter_of(store: Store, reference: str, own: Draft | None) -> Artifact | Dr
         return own
     folder = Path(reference)
     if folder.is_dir():
-        if not (folder / "adapter_config.json").is_file():
-            raise ModelError(f"batch.adapters: {reference} has no adapter_config.json")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / name).is_file():
+                raise ModelError(f"batch.adapters: {reference} has no {name}")
         return folder
     found = store.get(reference)
     if found.manifest.kind != "adapter":

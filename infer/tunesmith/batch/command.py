@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.batch.cluster import Share, connect
 from tunesmith.batch.drift import SHARDS, check_drift, note_output
 from tunesmith.batch.generate import Job, generate
 from tunesmith.batch.models import batch_origin, batch_spec
@@ -13,7 +14,7 @@ from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
 from tunesmith.config import DataError, GateError, UserError
 from tunesmith.config.schema.batch import Batch
-from tunesmith.engine import find_places
+from tunesmith.engine import Place, find_places
 from tunesmith.ledger import Artifact, gpu_names
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.batch import digest_batch
@@ -91,9 +92,8 @@ def _make(stages: Stages, section: Batch) -> Artifact:
         valid += row.error is None
     if not total:
         raise DataError(f"batch.input: {section.input} has no rows")
-    devices = stages.recipe.engine.tensor_parallel_size
-    places = find_places(section.replicas, devices)
-    usd_per_s = _usd_per_s(stages, len(places) * devices)
+    places, devices = _places(stages, section)
+    usd_per_s = _usd_per_s(stages, devices)
     with stages.store.write(draft, stages.recipe) as work:
         note_output(work.scratch, section)
         shards = Shards(work.scratch / SHARDS, total, {"id": draft.id})
@@ -130,7 +130,17 @@ def _make(stages: Stages, section: Batch) -> Artifact:
     return stages.made(draft)
 
 
+def _places(stages: Stages, section: Batch) -> tuple[list[Place] | Share, int]:
+    """Where the engines go, and how many devices are paid for meanwhile."""
+    each = stages.recipe.engine.tensor_parallel_size
+    if section.cluster == "ray":
+        share = connect(section.cluster_address, section.replicas, each)
+        return share, share.devices
+    places = find_places(section.replicas, each)
+    return places, len(places) * each if gpu_names() else 1
+
+
 def _usd_per_s(stages: Stages, devices: int) -> float | None:
     """Price of the devices that the engines hold."""
     price = stages.recipe.price
-    return None if price is None else price.gpu_hour_usd / 3600 * (devices if gpu_names() else 1)
+    return None if price is None else price.gpu_hour_usd / 3600 * devices

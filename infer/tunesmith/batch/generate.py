@@ -7,10 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from tunesmith.batch.cluster import Share
 from tunesmith.batch.errors import RowError, refusal
 from tunesmith.batch.prepare import Ahead, Digests, Prepared, Same, Wrong, prepare
 from tunesmith.batch.progress import Rate
+from tunesmith.batch.ray_pool import RayPool
 from tunesmith.batch.requests import RequestMaker
 from tunesmith.batch.rows import read_rows
 from tunesmith.batch.shards import Shards
@@ -27,7 +30,9 @@ class Job:
 
     section: Batch
     spec: EngineSpec
-    places: list[Place]
+    places: list[Place] | Share
+    """Of the engines: on this machine, or on a cluster."""
+
     valid: int
     """Rows without a fault of their own."""
 
@@ -43,7 +48,7 @@ def generate(job: Job, shards: Shards) -> float:
     """
     size = job.spec.settings.max_num_seqs
     log(f"batch: starting the engine for {job.valid - shards.count} rows")
-    pool = EnginePool(job.spec, job.places, window=2 * size, log_folder=shards.folder.parent)
+    pool = _pool(job, shards.folder.parent)
     rate = Rate(job.valid - shards.count, shards.seconds, job.usd_per_s)
     with (
         pool,
@@ -62,8 +67,15 @@ def generate(job: Job, shards: Shards) -> float:
     return pool.load_s
 
 
+def _pool(job: Job, log_folder: Path) -> EnginePool | RayPool:
+    size = job.spec.settings.max_num_seqs
+    if isinstance(job.places, Share):
+        return RayPool(job.spec, job.places, window=3 * size)  # a third of them is on the way
+    return EnginePool(job.spec, job.places, window=2 * size, log_folder=log_folder)
+
+
 def _results(
-    job: Job, shards: Shards, pool: EnginePool, writer: Writer, rate: Rate
+    job: Job, shards: Shards, pool: EnginePool | RayPool, writer: Writer, rate: Rate
 ) -> Iterator[Answer | None]:
     """Hand each row's result to the writer; yields the answer, or None where there is none."""
     others = 0
@@ -116,7 +128,7 @@ def _fault(request: Request, error: Exception) -> RowError:
 
 
 @contextmanager
-def _finish_on_signal(pool: EnginePool) -> Iterator[None]:
+def _finish_on_signal(pool: EnginePool | RayPool) -> Iterator[None]:
     """The first SIGTERM or Ctrl-C lets rows in flight finish; a second one interrupts, as does
     the first while no engine is up."""
     if threading.current_thread() is not threading.main_thread():

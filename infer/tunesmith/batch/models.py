@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,20 @@ def batch_spec(stages: Stages, section: Batch) -> EngineSpec:
             )
         else:
             adapters[called] = adapter
+        if path := adapters[called]:
+            _check_kind(called, path)
     return replace(spec, adapters=adapters, embeds=find_form(section).embeds)
+
+
+def _check_kind(called: str, folder: Path) -> None:
+    """An adapter that the engine cannot load would end it when the first row asks for it."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for key in ("use_dora", "modules_to_save"):
+        if config.get(key):
+            raise ModelError(
+                f"batch.adapters.{called}: vLLM cannot apply an adapter with {key} to single rows; "
+                "merge it, and make it the model of the recipe"
+            )
 
 
 def _check_base(stages: Stages, called: str, adapter: Artifact, model: Artifact) -> None:

@@ -14,7 +14,6 @@ from tunesmith.batch.values import (
     structure,
     texts,
     whole,
-    without_nulls,
 )
 from tunesmith.config.schema.batch import Batch
 
@@ -80,7 +79,7 @@ def ask_of_call(columns: Mapping[str, Any], section: Batch, *, embeds: bool) -> 
         raise _unsupported(
             f"this input is read for {kind}, as its first row asks; put {url} in another file"
         )
-    body = without_nulls(body)
+    body = {name: value for name, value in body.items() if value is not None}
     _check_names(body)
     adapter = body["model"] if body.get("model") in section.adapters else None
     if url == EMBEDDINGS:

@@ -7,6 +7,7 @@ where the place can rename; in an object store `_SUCCESS` is written last and ta
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import itertools
 import json
@@ -22,7 +23,6 @@ from tunesmith.config import TunesmithError, UserError, require
 from tunesmith.config.schema.batch import Batch
 from tunesmith.ledger import hash_file
 from tunesmith.ledger.durable import sync
-from tunesmith.pipeline.batch import batch_files
 from tunesmith.pipeline.files import file_system, is_uri
 
 _GROUP_ROWS = 1000
@@ -32,6 +32,7 @@ _DONE = "_SUCCESS"
 def check_output(section: Batch) -> None:
     """Raises UserError when the output could not be written at the end."""
     target = section.output
+    _check_apart(section)
     if is_uri(target):
         fs, path = file_system(target)
         with _told(target):
@@ -51,13 +52,27 @@ def check_output(section: Batch) -> None:
         )
     if folder.is_file() and section.rows_per_file:
         raise UserError(f"batch.output: {target} is a file; with rows_per_file it is a folder")
-    inputs = [] if is_uri(section.input) else [Path(file.place) for file in batch_files(section)]
-    if folder.exists() and any(folder.samefile(path) for path in inputs):
-        raise UserError(f"batch.output: {target} is the input itself; give another path")
     with _told(target):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _beside(folder) as temporary:
             temporary.touch()
+
+
+def _check_apart(section: Batch) -> None:
+    """An output among the files of the input would be read as one of them the next time."""
+    source, target = section.input, section.output
+    if is_uri(source) or is_uri(target):
+        same = target == source or target.startswith(f"{source.rstrip('/')}/")
+        inside = same or fnmatch.fnmatch(target, source)
+    else:
+        here, there = Path(target).resolve(), Path(source).resolve()
+        inside = (
+            here == there or (there.is_dir() and there in here.parents) or here.match(str(there))
+        )
+    if inside:
+        raise UserError(
+            f"batch.output: {target} is the input itself, or one of its files; give another path"
+        )
 
 
 def publish(source: Path, sha256: str, section: Batch) -> bool:

@@ -15,6 +15,7 @@ from tunesmith.batch.sources import Record, read_records
 from tunesmith.config.schema.batch import Batch
 
 _LOOK_AHEAD_ROWS = 100
+_NOTHING = Ask()
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,25 @@ def read_rows(section: Batch) -> Iterator[Row]:
 
 
 def _row(index: int, file: str | None, record: Record, section: Batch, form: Form) -> Row:
-    name = f"{file}:{record.line}" if file else f"line-{record.line}"
-    row = Row(index, record.line, name, {}, Ask(), file, form.is_openai)
-    if isinstance(record.columns, RowError):
-        return replace(row, error=record.columns)
-    row = replace(row, columns=record.columns)
+    name: str | int = f"{file}:{record.line}" if file else f"line-{record.line}"
+    columns, ask, error = record.columns, _NOTHING, None
+    if isinstance(columns, RowError):
+        return Row(index, record.line, name, {}, ask, file, form.is_openai, columns)
     try:
-        row = replace(row, id=_id(row, "custom_id" if form.is_openai else section.id_column))
+        name = _id(columns, "custom_id" if form.is_openai else section.id_column, name)
         if form.is_openai:
-            return replace(row, ask=ask_of_call(row.columns, section, embeds=form.embeds))
-        return replace(row, ask=ask_of_columns(row.columns, section))
+            ask = ask_of_call(columns, section, embeds=form.embeds)
+        else:
+            ask = ask_of_columns(columns, section)
     except Invalid as invalid:
-        return replace(row, error=invalid.error)
+        error = invalid.error
+    return Row(index, record.line, name, columns, ask, file, form.is_openai, error)
 
 
-def _id(row: Row, column: str) -> str | int:
-    value = row.columns.get(column)
+def _id(columns: Mapping[str, Any], column: str, otherwise: str | int) -> str | int:
+    value = columns.get(column)
     if value is None:
-        return row.id
+        return otherwise
     if value == "" or isinstance(value, bool) or not isinstance(value, (str, int)):
         raise Invalid(
             "invalid_id", f"{column} must be a text or a whole number, not {quote(value)}"

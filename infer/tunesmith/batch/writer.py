@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.batch.errors import RowError
 from tunesmith.batch.prepare import Same
+from tunesmith.batch.ray_pool import RayPool
 from tunesmith.batch.results import result_of, share_seconds
 from tunesmith.batch.shards import Shards
 from tunesmith.engine import Answer, EnginePool
@@ -18,7 +19,7 @@ _COMMIT_INTERVAL_S = 1.0
 class Writer:
     """Collects results and commits them in shards of `size` rows, or once a second."""
 
-    def __init__(self, shards: Shards, size: int, pool: EnginePool) -> None:
+    def __init__(self, shards: Shards, size: int, pool: EnginePool | RayPool) -> None:
         self._shards, self._size, self._pool = shards, size, pool
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._committed_s = self._counted_s = time.monotonic()

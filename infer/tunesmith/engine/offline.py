@@ -51,13 +51,13 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
     `engine_args` go in place of those of the spec. Raises ModelError when vLLM refuses the
     model, TunesmithError when it fails on it.
     """
+    arguments = engine_arguments(spec, gpu=has_gpu_engine()) | engine_args
     prepare_process()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             from vllm import LLM
 
-            arguments = engine_arguments(spec, gpu=has_gpu_engine()) | engine_args
             return LLM(**arguments)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

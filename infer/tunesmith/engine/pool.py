@@ -114,14 +114,19 @@ class EnginePool:
         May be called from a signal handler.
         """
         self.is_stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at `requests` again, from any thread, after they had a None."""
         self._inbox.put((None, 0, None))
 
-    def stream(self, requests: Iterable[Request]) -> Answered:
+    def stream(self, requests: Iterable[Request | None]) -> Answered:
         """Answers as they are done, each with its request; `Refused` or `Crashed` where there is
         none.
 
         At most `window` requests are in flight in each engine, and `requests` is read no further.
-        Raises ModelError when vLLM refuses the model, TunesmithError when engines keep dying.
+        A None among them says that there is no other before the next `wake`. Raises ModelError
+        when vLLM refuses the model, TunesmithError when engines keep dying.
         """
         waiting, is_exhausted = iter(requests), False
         while True:
@@ -133,7 +138,7 @@ class EnginePool:
                 return
             yield from self._next_event()
 
-    def _feed(self, engine: _Engine, waiting: Iterator[Request], is_exhausted: bool) -> bool:
+    def _feed(self, engine: _Engine, waiting: Iterator[Request | None], is_exhausted: bool) -> bool:
         """Fill an engine's window; returns whether there are no further requests."""
         if not engine.is_ready:
             return is_exhausted
@@ -149,10 +154,15 @@ class EnginePool:
         room = self._window - len(engine.flying)
         if is_exhausted or room < max(1, self._window // 8):  # few messages, each of several rows
             return is_exhausted
-        requests = list(islice(waiting, room))
+        requests, is_exhausted = [], True
+        for request in islice(waiting, room):
+            if request is None:
+                is_exhausted = False
+                break
+            requests.append(request)
         if requests:
             engine.send(requests)
-        return len(requests) < room
+        return is_exhausted and len(requests) < room
 
     def _next_event(self) -> Answered:
         """Wait for one message, or until an engine is to be started or given up."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.config.errors import ModelError, require
 from tunesmith.config.schema.engine import Engine
+from tunesmith.engine.fit import check_adapter, check_device
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
@@ -102,7 +103,12 @@ def _check_template(stages: Stages, model: Artifact, template: Path) -> None:
 
 
 def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
-    """vLLM's `EngineArgs` by name, for the offline engine and the server alike."""
+    """vLLM's `EngineArgs` by name, for the offline engine and the server alike.
+
+    Raises ModelError for a model that this machine's engine cannot run, and an adapter that does
+    not fit it.
+    """
+    check_device(spec.model, gpu=gpu)
     settings = spec.settings
     arguments: dict[str, Any] = {
         "model": str(spec.model),
@@ -130,10 +136,15 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
     if spec.embeds:
         arguments |= {"runner": "pooling", "convert": "embed"}
     if adapters := spec.all_adapters:
+        # On a CPU vLLM gives a request without an adapter the one in the last slot when others of
+        # the step have one (`lora_ops.bgmv_expand` indexes by -1), so that slot stays empty.
+        slots = min(len(adapters), _ADAPTERS_AT_ONCE) if gpu else len(adapters) + 1
+        for adapter in adapters:
+            check_adapter(spec.model, adapter)
         arguments |= {
             "enable_lora": True,
-            "max_loras": min(len(adapters), _ADAPTERS_AT_ONCE),
-            "max_cpu_loras": len(adapters),
+            "max_loras": slots,
+            "max_cpu_loras": max(slots, len(adapters)),
             "max_lora_rank": max(map(_lora_rank, adapters)),
             # Without this vLLM also wraps the output head, after which it computes the
             # log-probabilities of prompts wrongly or stops (vllm#29955, vllm#51594).

@@ -12,7 +12,7 @@ from tunesmith.engine import EngineSpec, close_llm, engine_spec, lora_request, o
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.evaluate.heldout import hold_out
 from tunesmith.evaluate.measure import Engine, measure
-from tunesmith.ledger import Artifact
+from tunesmith.ledger import Artifact, gpu_capability
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.rows import sample_rows
 from tunesmith.statistics import Rows, level
@@ -29,8 +29,9 @@ def read_rows(artifact: Artifact) -> Rows:
 
 def refused(stages: Stages, name: str) -> str | None:
     """Why the engine of this machine cannot run a variant; None when it can."""
+    capability = gpu_capability() if has_gpu_engine() else None
     devices = stages.made(stages.variants[name]).manifest.metrics.get("devices")
-    return refusal(devices, _capability(), has_amx=has_amx()) if devices else None
+    return refusal(devices, capability, has_amx=has_amx()) if devices else None
 
 
 def measure_variant(stages: Stages, name: str) -> Artifact:
@@ -81,13 +82,3 @@ def _loaded(spec: EngineSpec) -> Iterator[Engine]:
         yield Engine(llm, lora_request(spec), spec.settings.max_num_seqs, load_s)
     finally:
         close_llm(llm)
-
-
-def _capability() -> int | None:
-    """The GPU's compute capability times ten, None on a CPU."""
-    if not has_gpu_engine():
-        return None
-    from vllm.platforms import current_platform
-
-    found = current_platform.get_device_capability()
-    return found.to_int() if found else None

@@ -8,7 +8,7 @@ from rich.console import Group
 
 from tunesmith.config import UserError
 from tunesmith.config.schemes import has_amx, refusal
-from tunesmith.ledger import Artifact
+from tunesmith.ledger import Artifact, gpu_capability
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import allow, summary_of
 from tunesmith.quantize.calibration import calibration_of
@@ -75,7 +75,8 @@ def _make(stages: Stages, name: str) -> Artifact:
     if method.calibrated:
         calibration = calibration_of(recipe, stages.made(stages.dataset), parent.root)
     draft = stages.quantized(method.name)
-    if recipe.quantize.device is None and (reason := _refused_here(method)):
+    reason = refusal(method.scheme.devices(), gpu_capability(), has_amx=has_amx())
+    if reason and recipe.quantize.device is None:
         log(f"{name} will not run in vLLM on this machine: {reason}")
     log(f"{method.name}: quantizing {parent.id}")
     with stages.store.write(draft, recipe) as work:
@@ -106,14 +107,6 @@ def _make(stages: Stages, name: str) -> Artifact:
             **_modules(done.selection),
         }
     return stages.made(draft)
-
-
-def _refused_here(method: Method) -> str | None:
-    import torch
-
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    capability = 10 * gpu[0] + gpu[1] if gpu else None
-    return refusal(method.scheme.devices(), capability, has_amx=has_amx())
 
 
 def _modules(selection: Selection) -> dict[str, Any]:

@@ -1,20 +1,19 @@
-"""What a batch can ask of the real engine: an OpenAI file, labels, embeddings, adapters."""
+"""What a batch can ask of the real engine: an OpenAI file, embeddings, adapters."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = """
@@ -96,7 +95,6 @@ def test_an_openai_file_is_answered_line_by_line(openai_job: Any) -> None:
         name: one.choices[0].message.content for name, one in answers.items() if name != "texts"
     }
     assert answers["plain"].model != answers["formal"].model
-    assert answers["plain"].choices[0].logprobs != answers["formal"].choices[0].logprobs
     several = answers["several"]
     assert [choice.index for choice in several.choices] == [0, 1, 2]
     assert len(several.choices[0].logprobs.content[0].top_logprobs) == 2
@@ -105,6 +103,26 @@ def test_an_openai_file_is_answered_line_by_line(openai_job: Any) -> None:
     assert re.fullmatch("[0-9]{3}", text["regex"]) and text["choice"] in ("yes", "no")
     assert len(answers["texts"].choices) == 2 and answers["texts"].usage.completion_tokens <= 6
     assert len({text[f"more-{at}"] for at in range(8)}) > 4
+
+
+def test_rows_with_and_without_an_adapter_share_a_step(
+    openai_job: Any, llama: Path, adapter: Path
+) -> None:
+    folder, _ = openai_job
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    prompt = AutoTokenizer.from_pretrained(llama).apply_chat_template(
+        GOOD[0]["body"]["messages"], add_generation_prompt=True, return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        plain = model(**prompt).logits[0, -1].log_softmax(-1).max()
+        tuned = PeftModel.from_pretrained(model, adapter)(**prompt)
+        formal = tuned.logits[0, -1].log_softmax(-1).max()
+    assert abs(plain - formal) > 0.01
+    for line, wanted in zip(lines, (plain, formal), strict=False):
+        (choice,) = line["response"]["body"]["choices"]
+        found = choice["logprobs"]["content"][0]["logprob"]
+        assert found == pytest.approx(float(wanted), abs=1e-3)
 
 
 def test_each_bad_line_is_typed_and_kept_with_its_place(openai_job: Any) -> None:
@@ -121,39 +139,6 @@ def test_each_bad_line_is_typed_and_kept_with_its_place(openai_job: Any) -> None
     again = batch(folder, "batch.max_error_rate=0.1", "batch.output=other.jsonl")
     assert again.returncode == 3 and "8 of 23 rows have no answer" in again.stderr
     assert (folder / "other.jsonl").read_bytes() == (folder / "out.jsonl").read_bytes()
-
-
-def test_labels_have_the_probability_that_the_model_gives_them(
-    tmp_path: Path, llama: Path, adapter: Path
-) -> None:
-    topics = ["sums", "rain", None, "a longer topic"]
-    make_job(tmp_path, llama, adapter, [{"id": at, "topic": t} for at, t in enumerate(topics)])
-    labels = [" 1", " plus two", " is"]
-    done = batch(
-        tmp_path, "batch.task=classify", f"batch.labels={json.dumps(labels)}",
-        "batch.prompt=What is {topic}?", "batch.raw=true", "batch.output=out.parquet",
-        "batch.max_error_rate=0.5",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    assert rows[2]["error"]["type"] == "missing_column" and rows[2]["probabilities"] is None
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    for at in (0, 1, 3):
-        prompt = tokenizer(f"What is {topics[at]}?")["input_ids"]
-        wanted = {
-            label: log_likelihood(model, prompt, tokenizer(label)["input_ids"]) for label in labels
-        }
-        assert rows[at]["logprobs"] == pytest.approx(wanted, abs=1e-3)
-        assert rows[at]["answer"] == max(wanted, key=lambda label: wanted[label])
-        assert math.fsum(rows[at]["probabilities"].values()) == pytest.approx(1)
-        assert rows[at]["topic"] == topics[at] and rows[at]["cost_usd"] > 0
-
-
-def log_likelihood(model: Any, prompt: list[int], label: list[int]) -> float:
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + label])).logits[0].log_softmax(-1)
-    return sum(float(logits[len(prompt) - 1 + at, token]) for at, token in enumerate(label))
 
 
 def test_embeddings_are_those_of_the_model(tmp_path: Path, llama: Path, adapter: Path) -> None:

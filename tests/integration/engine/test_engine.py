@@ -11,7 +11,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from processes import members
+from transformers import AutoModelForCausalLM
 
 HEAD = """
 import json, os, sys
@@ -36,6 +39,8 @@ def answers(model, adapter=None):
     llm = open_llm(opened)
     requests = [ask(at, [5 + at, 6, 7], 1 + at % 5) for at in range(40)]
     requests[7] = ask(7, [5] * 200, 4)
+    requests.append(Request(40, [5, 6, 7], "score", parts=[[8, 9], [10]]))
+    requests.append(Request(41, [5, 6, 7], "score", parts=[[8], [10]]))
     taken, found, most = 0, {{}}, 0
 
     def taking():
@@ -56,12 +61,14 @@ if __name__ == "__main__":
     tuned, _ = answers(model, adapter)
     again, _ = answers(model)
     refusal = plain.pop(7), again.pop(7)
+    scores, _ = ((found.pop(40).scores, found.pop(41).scores) for found in (plain, again))
     try:
         open_llm(spec(model), max_model_len=10**6)
     except ModelError as error:
         print(json.dumps({{
             "rows": len(plain), "children": children, "most": most, "same": plain == again,
-            "changed": sum(tuned[key] != plain[key] for key in plain),
+            "scores": scores,
+            "changed": sum(tuned[key].outputs != plain[key].outputs for key in plain),
             "refused": type(refusal[0]).__name__, "error": str(error),
             "threads": os.environ["OMP_NUM_THREADS"],
             "one": [plain[4].prompt_tokens, plain[4].output_tokens],
@@ -86,6 +93,10 @@ def test_offline_answers_a_stream_with_and_without_an_adapter(llama: Path, adapt
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["rows"] == 39 and found["same"]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    several, single = found["scores"]
+    assert several[0] == pytest.approx(log_likelihoods(model, [5, 6, 7], [8, 9]), abs=1e-3)
+    assert single == [[pytest.approx(several[0][0], abs=1e-3)], pytest.approx(several[1], abs=1e-3)]
     assert found["changed"] > 20
     assert found["refused"] == "VLLMValidationError"
     assert "max_model_len" in found["error"] and "does not take" in found["error"]
@@ -93,6 +104,13 @@ def test_offline_answers_a_stream_with_and_without_an_adapter(llama: Path, adapt
     assert int(found["threads"]) <= len(os.sched_getaffinity(0))
     assert found["one"] == [3, 5]
     assert "INFO" not in done.stderr and "WARNING" not in done.stderr
+
+
+def log_likelihoods(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    first = len(prompt) - 1
+    return [float(logits[first + at, token]) for at, token in enumerate(completion)]
 
 
 def test_server_answers_and_sigkill_of_its_owner_leaves_no_process(

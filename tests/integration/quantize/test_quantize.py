@@ -209,6 +209,7 @@ def test_another_text_has_the_lengths_of_the_own_rows(
         ("mistral", {"head_dim": 32}),
         ("phi", {}),
         ("phi3", {}),
+        ("mixtral", {"head_dim": 32, "num_local_experts": 4}),
     ],
 )
 def test_other_architectures(
@@ -220,9 +221,14 @@ def test_other_architectures(
 ) -> None:
     base = model_of(tmp_path / "base", architecture, **changes)
     made = run(stages_of(tmp_path, base, **section("w8a8-int8")))["checkpoints"]["w8a8-int8"]
+    assert len(made["quantized"]) >= 8
+    if architecture == "mixtral":
+        # Its experts are stored as engines read them, one matrix each; the routers are kept.
+        assert "model.layers.1.mlp.experts.3.down_proj" in made["quantized"]
+        assert "model.layers.1.mlp.gate" in made["kept"]
+        return
     parent = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     child = opened(made["folder"])
-    assert len(made["quantized"]) >= 8
     for name in made["quantized"]:
         error = (weight(child, name) - weight(parent, name)).norm() / weight(parent, name).norm()
         assert 0 < float(error) < 0.02, name

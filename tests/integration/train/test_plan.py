@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunesmith.config import GateError, UserError
 from tunesmith.pipeline import Stages
-from tunesmith.train import command, devices, forecast, plan
+from tunesmith.train import command, devices, forecast, plan, ready
+from tunesmith.train import model as models
+from tunesmith.train.heap import loose_bytes
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -53,14 +59,20 @@ def test_a_plan_for_another_device(stages_of: Callable[..., Stages]) -> None:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
-    """Leave so much memory beside what the libraries take."""
+    """Leave so much memory beside what the libraries and the heap take."""
 
-    def find(name: str = "this") -> devices.Device:
-        device = whole(name)
-        return dataclasses.replace(device, memory_bytes=device.runtime_bytes + free_bytes)
+    def find(name: str = "this", processes: int = 1) -> devices.Device:
+        device = whole(name, processes)
+        needed_bytes = device.runtime_bytes + free_bytes
+        return dataclasses.replace(device, memory_bytes=needed_bytes + loose_bytes(needed_bytes))
 
     whole = devices.find_device
     monkeypatch.setattr(devices, "find_device", find)
+
+
+def beside_runtime(parts_gib: dict[str, float]) -> float:
+    """Bytes that grow with the training."""
+    return 2**30 * sum(parts_gib.values()) - 2**30 * (parts_gib["runtime"] + parts_gib["loose"])
 
 
 @pytest.mark.parametrize(("settings", "free", "advice"), [
@@ -76,14 +88,68 @@ def test_what_cannot_fit_is_refused_with_a_change_that_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = plan.run(stages_of(**settings))["memory"]["parts_gib"]
-    needed = (sum(found.values()) - found["runtime"]) * 2**30
-    shrink(monkeypatch, int(free * needed))
+    shrink(monkeypatch, int(free * beside_runtime(found)))
     with pytest.raises(GateError, match="does not fit") as refused:
         plan.run(stages_of(**settings))
     assert advice in str(refused.value) and "activations" in str(refused.value)
     changes = dict(re.findall(r"train\.(\w+)=(\w+)", str(refused.value)))
     fits = plan.run(stages_of(**settings | changes))["memory"]
     assert fits["peak_gib"] <= fits["available_gib"]
+
+
+@pytest.mark.parametrize("is_far_below", [False, True])
+def test_training_refuses_what_cannot_fit_before_it_loads_weights(
+    is_far_below: bool,
+    stages_of: Callable[..., Stages],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = plan.run(stages_of())["memory"]["parts_gib"]
+    shrink(monkeypatch, int(0.7 * beside_runtime(found)))
+    monkeypatch.setattr(ready, "find_device", devices.find_device)
+    loaded: list[int] = []
+    monkeypatch.setattr(models, "load_base", lambda *_, **__: loaded.append(1))
+    if is_far_below:
+        monkeypatch.setattr(forecast.Forecaster, "is_far_below", lambda _self: True)
+        with pytest.raises(AttributeError):
+            command.run(stages_of())
+        assert loaded, "what is far smaller than the device is not looked at closely"
+        return
+    with pytest.raises(GateError, match=r"does not fit.*this would take.*preflight=true"):
+        command.run(stages_of())
+    assert not loaded
+    with pytest.raises(AttributeError):
+        command.run(stages_of(preflight=True))
+    assert loaded, "a preflight tries it instead"
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import memory_plan
+from tunesmith.config import load_recipe
+from tunesmith.pipeline import Stages
+from tunesmith.train import command, plan
+case = {"shape": memory_plan.NARROW | {"num_hidden_layers": 4}, "vocabulary": 4096, "rows": 12,
+        "train": {"max_steps": 1, "max_eval_rows": 2, "per_device_eval_batch_size": 2}}
+stages = Stages(load_recipe(memory_plan.prepare(Path(sys.argv[2]), case)))
+planned = plan.run(stages)["memory"]
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+trained = command.run(stages)["trained"]
+print(json.dumps([planned, trained["peak_memory_gib"]]))
+"""
+
+
+def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
+    """The benchmark has sixteen more, each with processes of its own."""
+    benchmarks = str(Path(__file__).parents[2] / "benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, benchmarks, str(tmp_path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    planned, measured = json.loads(done.stdout.splitlines()[-1])
+    assert planned["parts_gib"]["activations"] > 0.25 * measured
+    assert -0.03 <= planned["peak_gib"] / measured - 1 <= 0.10
 
 
 def test_what_fits_nowhere_names_a_larger_device(

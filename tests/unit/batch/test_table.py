@@ -37,6 +37,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=100)
 @given(JSON, JSON, JSON)
 def test_a_shape_does_not_depend_on_the_order_of_the_rows(one: Any, two: Any, three: Any) -> None:
     a, b, c = shape_of(one), shape_of(two), shape_of(three)
@@ -136,7 +137,8 @@ def test_no_rows_are_an_empty_file(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_is_told_before_any_work(
     source: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").touch()
+    for name in ("file", "there.jsonl"):
+        (tmp_path / name).touch()
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "folder.jsonl" / "mine").touch()
     for output, keys, words in [
@@ -145,9 +147,34 @@ def test_an_output_that_cannot_be_written_is_told_before_any_work(
         (tmp_path / "file" / "answers.jsonl", {}, "cannot write"),
         (Path("/proc/answers.jsonl"), {}, "cannot write"),
         (tmp_path / "folder.jsonl", {"rows_per_file": 5}, "no batch has written"),
-        (source, {"rows_per_file": 5}, "is a file"),
+        (tmp_path / "there.jsonl", {"rows_per_file": 5}, "is a file"),
     ]:
         section = Batch(input=str(source), output=str(output), **keys)
         with pytest.raises(UserError, match=words):
             check_output(section)
-    assert sorted(os.listdir(tmp_path)) == ["artifact.jsonl", "file", "folder.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "artifact.jsonl",
+        "file",
+        "folder.jsonl",
+        "there.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "output"),
+    [
+        ("in", "in/out.jsonl"),
+        ("in/*.jsonl", "in/out.jsonl"),
+        ("in.jsonl", "./in.jsonl"),
+        ("memory://in", "memory://in/out.jsonl"),
+        ("memory://in/*.jsonl", "memory://in/out.jsonl"),
+    ],
+)
+def test_an_output_is_not_among_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="one of its files"):
+        check_output(Batch(input=place, output=output))
+    check_output(Batch(input=place, output="other/out.jsonl"))

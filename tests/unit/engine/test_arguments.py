@@ -68,12 +68,16 @@ def test_adapters_of_single_requests_have_room_beside_the_specs_own(tmp_path: Pa
     names = {"b": folders[1], "same": folders[0], "none": None}
     two = replace(specs[0], adapters=names)
     assert two.all_adapters == (folders[0], folders[1])
-    arguments = engine_arguments(two, gpu=False)
-    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (2, 2)
-    assert arguments["max_lora_rank"] == 32
     five = replace(specs[0], adapters={str(at): folder for at, folder in enumerate(folders)})
-    arguments = engine_arguments(five, gpu=False)
-    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (4, 5)
+    for spec, gpu, slots, kept in [
+        (two, True, 2, 2),
+        (five, True, 4, 5),
+        (two, False, 3, 3),
+        (five, False, 6, 6),
+    ]:
+        arguments = engine_arguments(spec, gpu=gpu)
+        assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (slots, kept)
+        assert arguments["max_lora_rank"] == 32
     bare = replace(specs[0], adapter=None, adapters={"none": None}, embeds=True)
     arguments = engine_arguments(bare, gpu=False)
     assert "enable_lora" not in arguments and arguments["runner"] == "pooling"

@@ -114,6 +114,30 @@ def test_every_request_has_one_answer_and_the_window_is_kept(make: Make, places:
     assert not any(members(group) for group in groups)
 
 
+def test_requests_may_come_later_if_the_pool_is_woken(make: Make) -> None:
+    come: list[Request | None] = []
+
+    def later() -> None:
+        for request in requests(40):
+            time.sleep(0.005)
+            come.append(request)
+            pool.wake()
+        is_over.set()
+        pool.wake()
+
+    def coming() -> Iterator[Request | None]:
+        while come or not is_over.is_set():
+            yield come.pop(0) if come else None
+
+    is_over = threading.Event()
+    with make() as pool:
+        thread = threading.Thread(target=later)
+        thread.start()
+        found = [request.key for request, _ in pool.stream(coming())]
+        thread.join()
+    assert sorted(found) == list(range(40))
+
+
 def test_rows_in_flight_are_answered_after_a_kill(make: Make) -> None:
     found: dict[int, Answer | Exception] = {}
     with make() as pool:

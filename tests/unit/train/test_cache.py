@@ -190,6 +190,29 @@ def test_limits_are_checked_also_on_what_is_found(tokenise: Any) -> None:
 ROWS = [[(1, False), (2, True)], [(3, True)]]
 
 
+def test_what_was_used_longest_ago_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(name: str) -> tuple[Examples, bool]:
+        made: list[bool] = []
+        found = cached(
+            tmp_path, {"a": name}, lambda writer: made.append(True) or write(writer, ROWS)
+        )
+        time.sleep(0.02)
+        return found, bool(made)
+
+    first, _ = use("first")
+    one_entry = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+    monkeypatch.setattr(cache, "_LARGEST_CACHE_BYTES", 2 * one_entry)
+    assert use("second")[1] and not use("first")[1]
+    assert use("third")[1]
+    assert not use("first")[1] and not use("third")[1], "the second was used longest ago"
+    monkeypatch.setattr(cache, "_LARGEST_CACHE_BYTES", 0)
+    assert use("second")[1] and not use("second")[1], "the newest stays, however large"
+    assert len(list(tmp_path.glob("*/counts.json"))) == 1
+    assert first.rows[0].input_ids.tolist() == [1, 2], "open ones can still be read"
+
+
 @pytest.mark.parametrize(
     "name", ["ids.bin", "learnt.bin", "ends.bin", "counts.json", "supervised.bin"]
 )

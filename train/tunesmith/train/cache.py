@@ -1,6 +1,8 @@
 """Tokenised rows kept in the store: found again only while nothing that made them has changed.
 
-STORE/cache/tokens-<key>/   files of TokenRows, and `counts.json`
+STORE/cache/tokens-<key>/   files of TokenRows, and `counts.json`, touched when they are used
+
+Past 20 GiB what was not used for the longest time is dropped.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tunesmith.train.examples import Examples
 from tunesmith.train.tokens import TokenRows, TokenWriter
 
 _COUNTS_FILE = "counts.json"
+_LARGEST_CACHE_BYTES = 20 * 2**30
 _COUNTS = ("read", "kept", "truncated", "dropped", "too_long", "faults")
 _LIBRARIES = ("jinja2", "tokenizers", "transformers")
 _CODE = (Path(tunesmith.chat.__file__).parent, Path(__file__).parent)
@@ -49,6 +52,7 @@ def cached(
         if found := _open(place):
             return found
         _make(place, make)
+    _drop_oldest(folder, keep=place)
     found = _open(place)
     assert found, "it was just written"
     return found
@@ -81,8 +85,27 @@ def _make(place: Path, make: Callable[[TokenWriter], Examples]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _drop_oldest(folder: Path, keep: Path) -> None:
+    """Drop what was used longest ago while the cache is too large. Who has it open keeps it: the
+    system frees a file once nobody maps it."""
+    found = []
+    for counts in folder.glob(f"tokens-*/{_COUNTS_FILE}"):
+        with contextlib.suppress(FileNotFoundError):  # another process dropped it
+            size = sum(path.stat().st_size for path in counts.parent.iterdir())
+            found.append((counts.stat().st_mtime_ns, size, counts.parent))
+    total = sum(size for _, size, _ in found)
+    for _, size, place in sorted(found):
+        if total <= _LARGEST_CACHE_BYTES:
+            return
+        if place != keep:
+            shutil.rmtree(place, ignore_errors=True)
+            total -= size
+
+
 def _open(place: Path) -> Examples | None:
     """None when it is not there or damaged."""
+    with contextlib.suppress(OSError):
+        os.utime(place / _COUNTS_FILE)
     try:
         counts = json.loads((place / _COUNTS_FILE).read_text(encoding="utf-8"))
         return Examples(TokenRows(place), **counts)

@@ -4,17 +4,20 @@ FOLDER/step-00000120/weights.safetensors   trainable weights
                      state.pt              optimizer, schedule, gradient scaler, progress
                      random-0.pt           random number generators, one file per rank
        best.safetensors                    trainable weights of the lowest held-out loss
-A checkpoint is written beside its place and renamed: one that has its name is whole. Training waits
-for the copy in host memory alone; a thread of the main process writes it to disk.
+Both are written beside their place and renamed: what has its name is whole. A thread of the main
+process writes them. Training on a GPU waits for the copy in host memory alone. Training on a CPU
+waits until the system has the bytes, which takes about as long as a copy but no memory of its own;
+that they reach the disk is waited for by the thread.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +57,7 @@ class Checkpoints:
     def __init__(self, scratch: Path, accelerator: Any) -> None:
         self._scratch, self._folder = scratch, scratch / FOLDER
         self._rank, self._is_main = accelerator.process_index, accelerator.is_main_process
-        self._accelerator = accelerator
+        self._copies = accelerator.device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._saved_step: int | None = None
@@ -71,18 +74,33 @@ class Checkpoints:
         parts: Mapping[str, Stateful],
         progress: dict[str, Any],
     ) -> None:
-        """Copy everything, and begin to write it once the checkpoint before is written; older
-        ones are dropped then."""
+        """Begin to write everything as it is now, once what was saved before is written; older
+        checkpoints are dropped then."""
         if step == self._saved_step:  # a stop was asked for right after it was saved
             return
         self.wait()
         states = {name: part.state_dict() for name, part in parts.items()}
-        state = _on_host({**states, "progress": progress}, self._is_main)
+        state = _on_host({**states, "progress": progress}, self._is_main, self._copies)
         random = gather_object([random_state()])
-        weights = whole_weights(model, self._is_main)
-        if self._is_main:
-            self._writing = self._thread.submit(self._write, step, weights, state, random)
+        self._submit(self._write, step, self._weights(model), state, random)
         self._saved_step = step
+
+    def save_best(self, model: nn.Module) -> None:
+        """Begin to write these weights as the best ones so far, once what was saved before is
+        written."""
+        self.wait()
+        self._submit(self._write_best, self._weights(model))
+
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return whole_weights(model, self._is_main, self._copies)
+
+    def _submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        if not self._is_main:
+            return
+        taken = Event()
+        self._writing = self._thread.submit(_always_set, taken, write, *arguments)
+        if not self._copies:
+            taken.wait()
 
     @property
     def has_failed(self) -> bool:
@@ -119,19 +137,9 @@ class Checkpoints:
         progress: dict[str, Any] = state["progress"]
         return progress
 
-    def save_best(self, model: nn.Module) -> None:
-        """Keep these weights as the best ones so far."""
-        weights = whole_weights(model, self._is_main)
-        if self._is_main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            aside = self._folder / f"writing-{_BEST}"
-            save_file(weights, aside)
-            sync(aside)
-            os.replace(aside, self._folder / _BEST)
-        self._accelerator.wait_for_everyone()
-
     def load_best(self, model: nn.Module) -> None:
-        """Put the best weights back."""
+        """Put the best weights back, of all that was saved."""
+        self.wait()
         load_trainable_weights(model, load_file(self._folder / _BEST))
 
     def _write(
@@ -140,6 +148,7 @@ class Checkpoints:
         weights: dict[str, Tensor],
         state: dict[str, Any],
         random: Sequence[dict[str, Tensor]],
+        taken: Event,
     ) -> None:
         aside, final = self._folder / "writing", self._folder / f"step-{step:08d}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -148,12 +157,30 @@ class Checkpoints:
         torch.save(state, aside / _STATE)
         for rank, generators in enumerate(random):
             torch.save(generators, aside / f"random-{rank}.pt")
+        taken.set()
         sync_tree(aside)
         older = list(self._folder.glob(_NAMES))
         os.rename(aside, final)
         sync(self._folder)
         for path in older:
             shutil.rmtree(path)
+
+    def _write_best(self, weights: dict[str, Tensor], taken: Event) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        aside = self._folder / f"writing-{_BEST}"
+        save_file(weights, aside)
+        taken.set()
+        sync(aside)
+        os.replace(aside, self._folder / _BEST)
+        sync(self._folder)
+
+
+def _always_set(taken: Event, write: Callable[..., None], *arguments: Any) -> None:
+    """Write; who waits for the bytes to be taken does not wait for ever when that fails."""
+    try:
+        write(*arguments, taken)
+    finally:
+        taken.set()
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -165,10 +192,10 @@ def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """A copy of the trained weights in host memory, on the ranks that keep it; called on every
-    rank."""
-    weights: dict[str, Tensor] = _on_host(trainable_weights(model), keep)
+def whole_weights(model: nn.Module, keep: bool, copy: bool = True) -> dict[str, Tensor]:
+    """The trained weights in host memory, on the ranks that keep them, as a copy unless they are
+    there already and none is asked for; called on every rank."""
+    weights: dict[str, Tensor] = _on_host(trainable_weights(model), keep, copy)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return weights
@@ -182,20 +209,22 @@ def load_trainable_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> Non
         weight.copy_(part(saved[name], weight))
 
 
-def _on_host(value: Any, keep: bool) -> Any:
-    """A copy of nested dictionaries and lists in host memory, with whole tensors, which are None
-    unless kept; called on every rank."""
+def _on_host(value: Any, keep: bool, copy: bool) -> Any:
+    """Nested dictionaries and lists in host memory, with whole tensors, which are None unless kept;
+    tensors that are there already are copied if asked for. Called on every rank."""
     if isinstance(value, Tensor):
         value = whole(value)
         if not keep:
             return None
+        if not copy and not value.is_cuda:
+            return value
         # Pinned memory is copied to at full speed, and torch uses it again for the next copy.
-        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return copy.copy_(value, non_blocking=True)
+        found = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return found.copy_(value, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: _on_host(inner, keep) for key, inner in value.items()}
+        return {key: _on_host(inner, keep, copy) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_on_host(inner, keep) for inner in value]
+        return [_on_host(inner, keep, copy) for inner in value]
     return value
 
 

@@ -56,8 +56,8 @@ class Device:
         return matmul_tflops(getattr(torch, dtype), torch.device(self.type))
 
 
-def find_device(name: str = THIS_MACHINE) -> Device:
-    """A known GPU by name, or what this process would train on.
+def find_device(name: str = THIS_MACHINE, processes: int = 1) -> Device:
+    """A known GPU by name, or what this process trains on; `processes` share a machine's memory.
 
     Raises UserError on another name.
     """
@@ -71,7 +71,8 @@ def find_device(name: str = THIS_MACHINE) -> Device:
         free, _ = torch.cuda.mem_get_info()
         return Device(torch.cuda.get_device_name(), "cuda", free, _CUDA_RUNTIME_BYTES, None)
     held = _resident_bytes()
-    return Device("this machine", "cpu", _available_bytes() + held, held + _CPU_WARMUP_BYTES, None)
+    memory = _available_bytes() // processes + held
+    return Device("this machine", "cpu", memory, held + _CPU_WARMUP_BYTES, None)
 
 
 def larger_devices(needed_bytes: int) -> list[str]:

@@ -74,6 +74,13 @@ class Examples:
             return self.rows.largest_id
         return max(int(row.input_ids.max()) for row in self.rows)
 
+    def used_ids(self) -> NDArray[np.int64]:
+        """The token ids that occur, each once."""
+        if isinstance(self.rows, TokenRows):
+            return self.rows.used_ids()
+        found = [row.input_ids for row in self.rows]
+        return np.unique(np.concatenate(found)).astype(np.int64)
+
     def add(
         self,
         input_ids: Sequence[int],

@@ -14,24 +14,22 @@ from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train import model as models
-from tunesmith.train.batches import (
-    Groups,
-    Order,
-    Rows,
-    choose_rows,
-    count_steps,
-    every,
-    passes,
-)
+from tunesmith.train.batches import Groups, Order, Rows, choose_rows, count_steps, passes
 from tunesmith.train.devices import Device, in_gib, larger_devices
 from tunesmith.train.examples import Examples
-from tunesmith.train.heap import Heap
+from tunesmith.train.heap import loose_bytes
 from tunesmith.train.loss import beginning, round_up
 from tunesmith.train.memory import Parts, Pass, Workload, simulate
 
-FILES = "files"
+FILES, LOOSE = "files", "loose"
 _SHORTEST_TOKENS = 64
-_FIRST_PASSES = 3
+_GUESSED_BYTES_PER_WEIGHT, _GUESSED_BYTES_PER_VALUE, _GUESSED_BYTES_PER_SCORE = 24, 128, 16
+"""Generous: of sixteen trainings none had over 40 bytes per token, layer and value of its widest
+part."""
+
+_READ_BYTES = 2**16
+"""What Linux maps of a file around a page that is read (fault_around_bytes)."""
+
 _NOT_SIMULATED = (
     ModelError,
     RuntimeError,
@@ -84,6 +82,7 @@ class Forecaster:
         assert recipe.train
         self._recipe, self._config, self._device = recipe, config, device
         self._train, self._examples, self._held_out = recipe.train, examples, held_out
+        self._sides = (examples, held_out)
 
     def forecast(
         self, train: Train | None = None, max_length: int | None = None
@@ -101,8 +100,7 @@ class Forecaster:
         work = self._workload(train, max_length)
         try:
             model = empty_model(self._recipe.model_copy(update={"train": train}), self._config)
-            heap = Heap.find() if self._device.type == "cpu" else None
-            parts = simulate(model, train, dtype, work, heap)
+            parts = simulate(model, train, dtype, work)
         except _NOT_SIMULATED as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log(f"the peak memory is not predicted: {reason}")
@@ -110,7 +108,10 @@ class Forecaster:
         if self._device.type == "cpu" and train.method != "pretrain":
             parts = self._with_files(parts, train, dtype)
         found = {part: size for part, size in parts.items() if size}
-        return Forecast(self._device, found | {"runtime": self._device.runtime_bytes})
+        found["runtime"] = self._device.runtime_bytes
+        if self._device.type == "cpu":
+            found[LOOSE] = loose_bytes(sum(found.values()))
+        return Forecast(self._device, found)
 
     def refuse_what_cannot_fit(self, forecast: Forecast) -> None:
         """Raise GateError with the nearest change that would fit, when this does not."""
@@ -121,7 +122,31 @@ class Forecaster:
             f"the training does not fit: it needs {forecast.peak_bytes / 2**30:.2f} GiB ({parts}), "
             f"and {self._device.name} has {self._device.memory_bytes / 2**30:.2f} GiB"
         )
-        raise GateError(f"{message}; {self._advice(forecast)}")
+        raise GateError(
+            f"{message}; {self._advice(forecast)}; train.preflight=true has it tried instead"
+        )
+
+    def is_far_below(self) -> bool:
+        """Whether a generous guess, which takes no time, stays below half of the device."""
+        try:
+            guess = self._guess_bytes()
+        except _NOT_SIMULATED:  # loading the model says what is wrong with it
+            return False
+        return guess + self._device.runtime_bytes < self._device.memory_bytes / 2
+
+    def _guess_bytes(self) -> int:
+        text = self._config.get_text_config()
+        work = self._workload(self._train, None)
+        heads = int(text.num_attention_heads)
+        inner = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+        inner *= int(getattr(text, "num_experts_per_tok", None) or 1)
+        widest = max(int(text.hidden_size), inner, heads * int(getattr(text, "head_dim", 0) or 0))
+        weights: int = sum(one.numel() for one in self._empty(self._train, "full").parameters())
+        return _GUESSED_BYTES_PER_WEIGHT * weights + max(
+            one.rows * one.width * int(text.num_hidden_layers)
+            * (_GUESSED_BYTES_PER_VALUE * widest + _GUESSED_BYTES_PER_SCORE * heads * one.width)
+            for one in (*work.train, *work.evaluation)
+        )  # fmt: skip
 
     def _advice(self, forecast: Forecast) -> str:
         for changes in self._changes():
@@ -193,16 +218,12 @@ class Forecaster:
         back_to_back = self._device.type == "cuda" and not train.neftune_noise_alpha
         is_flat = train.packing or back_to_back
         held_rows = (held.rows_of(share) for shares in evaluated for share in shares)
-        is_cpu = self._device.type == "cpu"
         checked = len(beginning(self._examples.rows[0]).input_ids) - 1
-        made = _sizes(found, lengths, learnt, is_flat)
         return Workload(
-            # A heap is broken up by passes of other sizes, too.
-            (*(made[:_FIRST_PASSES] if is_cpu else ()), *_largest(made)),
+            _largest(_sizes(found, lengths, learnt, is_flat)),
             _largest(_sizes(held_rows, held_lengths, held_learnt, is_flat)),
             Pass(1, checked, checked),
             accumulates=train.gradient_accumulation_steps > 1,
-            copies_state=is_cpu and steps > every(train.save_steps, steps),
         )
 
     def _lengths(self, examples: Examples, limit: int) -> tuple[Rows, Rows]:
@@ -218,17 +239,32 @@ class Forecaster:
         frozen = [one for one in self._empty(train, "lora").parameters() if not one.requires_grad]
         whole = sum(weight.numel() for weight in frozen) * stored.itemsize
         if train.method == "lora" and frozen[0].dtype == stored:
-            return parts
+            return parts | {"weights": parts["weights"] - self._never_read_bytes(stored)}
         if train.method == "qlora" and stored == dtype:
+            never_read = self._never_read_bytes(stored)
             unpacked = sum(
                 weight.numel()
                 for weight in self._empty(train, "qlora").parameters()
                 if not weight.requires_grad and type(weight).__name__ != "Params4bit"
             )
-            return parts | {FILES: whole - unpacked * stored.itemsize}
+            return parts | {
+                "weights": parts["weights"] - never_read,
+                FILES: whole - unpacked * stored.itemsize,
+            }
         if parts["weights"] + whole > sum(parts.values()):
             return {"weights": parts["weights"], FILES: whole}
         return parts
+
+    def _never_read_bytes(self, stored: torch.dtype) -> int:
+        """What stays in the file of the input embedding: all but the vectors of tokens that occur,
+        and what the system brings along with them."""
+        text = self._config.get_text_config()
+        if text.tie_word_embeddings:
+            return 0
+        vector = text.hidden_size * stored.itemsize
+        used = [side.used_ids() * vector // _READ_BYTES for side in self._sides if side.rows]
+        whole = int(text.vocab_size * vector)
+        return max(0, whole - len(np.unique(np.concatenate(used))) * _READ_BYTES)
 
     def _empty(self, train: Train, method: str) -> Any:
         changed = train.model_copy(update={"method": method})

@@ -3,7 +3,7 @@
 The training's own code runs on FakeTensors (torch._subclasses.fake_tensor), which have shapes,
 types and storages but no contents: the check of the logits, evaluations and optimizer steps take
 seconds and no memory, whatever the architecture, adapter, precision or optimizer. What is alive is
-counted as storages come and go, and on a CPU what the C library's heap takes for it.
+counted as storages come and go.
 """
 
 from __future__ import annotations
@@ -24,15 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tunesmith.config.schema.train import Train
-from tunesmith.train.heap import Heap
 from tunesmith.train.loss import Batch, TokenLoss
 from tunesmith.train.optimizer import make_optimizer
 
 Parts = dict[str, int]
 """Part → bytes."""
-
-_BEFORE = ("weights", "adapters")
-"""Parts that are there before the training begins."""
 
 _EIGHT_BIT_COPIES = 6
 """float32 copies of one matrix that bitsandbytes' 8-bit AdamW makes on a CPU."""
@@ -72,20 +68,14 @@ class Workload:
     accumulates: bool
     """Whether a step has several passes."""
 
-    copies_state: bool = False
-    """Whether checkpoints are copied to where the training runs, and written meanwhile."""
 
-
-def simulate(
-    model: Any, train: Train, dtype: torch.dtype, work: Workload, heap: Heap | None = None
-) -> Parts:
+def simulate(model: Any, train: Train, dtype: torch.dtype, work: Workload) -> Parts:
     """Bytes by part at the moment when all of a training's tensors together are largest.
 
-    With a heap the part `fragments` is what that takes beyond them. `model` is on the meta device,
-    with its adapter; it is used up.
+    `model` is on the meta device, with its adapter; it is used up.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    meter = _Meter(model.get_output_embeddings().weight.shape[0], heap)
+    meter = _Meter(model.get_output_embeddings().weight.shape[0])
     if train.optim == "paged_adamw_8bit":
         train = train.model_copy(update={"optim": "adamw_8bit"})
     with torch.random.fork_rng(devices=[]):
@@ -100,14 +90,9 @@ def simulate(
         loss = TokenLoss(model, dtype)
         # bitsandbytes computes its tables of 8-bit values, which takes numbers.
         optimizer = make_optimizer(loss, train, torch.device("cpu"))
-        meter.is_running = True
         with fake, meter, _sequences_unpacked():
             _run(loss, optimizer, work, meter)
-    if heap is None:
-        return meter.peak
-    live = sum(size for part, size in meter.peak.items() if part not in _BEFORE)
-    heap.drop_all()
-    return meter.peak | {"fragments": max(0, heap.growth - live)}
+    return meter.peak
 
 
 @contextmanager
@@ -143,25 +128,13 @@ def _run(loss: TokenLoss, optimizer: Any, work: Workload, meter: _Meter) -> None
     with meter.making("optimizer"):
         optimizer.step()
     optimizer.zero_grad()
-    saved: list[Tensor] = []
     for one in work.train:
         if work.accumulates:
             _loss(loss, small).backward()
         _loss(loss, one).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if work.copies_state and not saved:
-            with meter.making("checkpoint"):
-                saved = [tensor.clone() for tensor in _state(loss, optimizer)]
-    del saved
     _evaluate(loss, work)
-
-
-def _state(loss: TokenLoss, optimizer: Any) -> Iterator[Tensor]:
-    """The tensors of a checkpoint."""
-    yield from (weight for weight in loss.parameters() if weight.requires_grad)
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _evaluate(loss: TokenLoss, work: Workload) -> None:
@@ -180,12 +153,9 @@ def _loss(loss: TokenLoss, size: Pass) -> Tensor:
 class _Meter(TorchDispatchMode):
     """Counts the bytes of all live tensors, by part."""
 
-    def __init__(self, vocabulary: int, heap: Heap | None = None) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.peak: Parts = {}
-        self.is_running = False
-        """Whether blocks come from the heap; weights are loaded before."""
-        self._heap = heap
         self._vocabulary = vocabulary
         self._part = "activations"
         self._sizes: dict[int, tuple[str, int]] = {}
@@ -220,8 +190,6 @@ class _Meter(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = part, storage.nbytes()
             self._live[part] += storage.nbytes()
-            if self._heap and self.is_running:
-                self._heap.take(key, storage.nbytes())
             weakref.finalize(storage, self._drop, key)
             self._note()
 
@@ -236,8 +204,6 @@ class _Meter(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         part, size = self._sizes.pop(key)
         self._live[part] -= size
-        if self._heap:
-            self._heap.give_back(key)
 
     def _note(self) -> None:
         if sum(self._live.values()) > sum(self.peak.values()):

@@ -138,7 +138,7 @@ def _training(stages: Stages, device_name: str) -> dict[str, Any]:
         "supervised_tokens": count_tokens(order, steps, groups.sums(learnt)),
     }
     result: dict[str, Any] = {"training": figures}
-    device = find_device(device_name)
+    device = find_device(device_name, train.processes)
     forecaster = Forecaster(recipe, config, examples, held_out, device)
     if forecast := forecaster.forecast():
         forecaster.refuse_what_cannot_fit(forecast)

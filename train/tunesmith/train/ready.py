@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,11 @@ from tunesmith.config.schema.train import Train
 from tunesmith.terminal import log
 from tunesmith.train import fp8
 from tunesmith.train import model as models
-from tunesmith.train.examples import Example
+from tunesmith.train.devices import find_device
+from tunesmith.train.examples import Example, Examples
+from tunesmith.train.forecast import Forecaster
+from tunesmith.train.heap import keep_small
+from tunesmith.train.language import Language
 from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loss import TokenLoss, keep_documents_apart
 from tunesmith.train.region import compile_layers
@@ -30,10 +35,29 @@ def check_device(train: Train, device: torch.device) -> None:
         raise ModelError("train.torch_compile: on a GPU this needs triton; install it or leave it")
 
 
+def check_memory(
+    recipe: Recipe, language: Language, base: Path | None, examples: Examples, held_out: Examples
+) -> None:
+    """Raise GateError, before weights are loaded, when the training cannot fit.
+
+    A preflight tries it instead. What is far smaller than the device is not looked at closely.
+    """
+    assert recipe.train
+    if recipe.train.preflight:
+        return
+    config = models.read_config(recipe, language.tokenizer, base)
+    device = find_device(processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    forecaster = Forecaster(recipe, config, examples, held_out, device)
+    if forecaster.is_far_below():
+        return
+    if forecast := forecaster.forecast():
+        forecaster.refuse_what_cannot_fit(forecast)
+
+
 def make_ready(model: Any, train: Train, base: Path | None) -> Any:
-    """Checkpointing, adapter, precision of what is frozen, noise and compilation, in the order in
-    which each can see what it needs. `base` is the folder the weights are from, if they are not
-    new. Returns the model, wrapped by its adapter if it has one."""
+    """Checkpointing, adapter, precision of what is frozen, noise, compilation and a tidy heap, in
+    the order in which each can see what it needs. `base` is the folder the weights are from, if
+    they are not new. Returns the model, wrapped by its adapter if it has one."""
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if train.method in ("lora", "qlora"):
@@ -46,6 +70,8 @@ def make_ready(model: Any, train: Train, base: Path | None) -> Any:
         models.add_noise(model, train.neftune_noise_alpha)
     if train.torch_compile:
         compile_layers(model)
+    elif model.device.type == "cpu":
+        keep_small(model)
     return model
 
 

@@ -30,7 +30,7 @@ from tunesmith.train.loop import METRICS_FILE, Job, Trainer
 from tunesmith.train.loss import TokenLoss, check_logits
 from tunesmith.train.progress import Progress
 from tunesmith.train.ranks import main_first, write_together
-from tunesmith.train.ready import check_device, choose_layout, make_ready
+from tunesmith.train.ready import check_device, check_memory, choose_layout, make_ready
 from tunesmith.train.save import save_adapter, save_model
 from tunesmith.train.sharding import fill, hollow, shard
 from tunesmith.train.tracking import tracked
@@ -110,6 +110,7 @@ def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerato
     language = read_language(base.root, recipe) if base else learn_language(dataset, recipe)
     examples = language.tokenise(dataset, TRAIN_FILE, recipe.data, texts_apart=train.packing)
     held_out = language.tokenise(dataset, EVALUATION_FILE, recipe.data, texts_apart=train.packing)
+    check_memory(recipe, language, base.root if base else None, examples, held_out)
     torch.manual_seed(recipe.seed)
     if base is None:
         assert train.architecture

@@ -78,6 +78,10 @@ class TokenRows(Sequence[Example]):
         """The highest token id in any sequence."""
         return int(self._ids.max())
 
+    def used_ids(self) -> NDArray[np.int64]:
+        """The token ids that occur, each once."""
+        return np.flatnonzero(np.bincount(self._ids))
+
     def __len__(self) -> int:
         return len(self.supervised)
 

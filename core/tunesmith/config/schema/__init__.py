@@ -64,6 +64,7 @@ class Recipe(Section):
     def serves_adapter(self) -> bool:
         """Whether any section has the engine load the adapter over its base."""
         asked: list[str | None] = [part.model for part in (self.batch, self.serve) if part]
+        asked += self.batch.adapters.values() if self.batch else []
         asked += (self.evaluate.variants or [None]) if self.evaluate else []
         asked += [None] if self.bench else []
         by_default = self.train is not None and not self.train.merge and None in asked

@@ -147,8 +147,15 @@ class Batch(Section):
     output stays in input order."""
 
     replicas: Positive | None = None
-    """Engines side by side on this machine, each with `engine.tensor_parallel_size` GPUs; as many
-    as the GPUs have room for when null, one on a CPU."""
+    """Engines side by side, each with `engine.tensor_parallel_size` GPUs; as many as the GPUs have
+    room for when null, one on a CPU (on a cluster, one on each node)."""
+
+    cluster: Literal["ray"] | None = None
+    """Run the engines on all nodes of a Ray cluster; on this machine when null."""
+
+    cluster_address: str | None = None
+    """`HOST:PORT` of the cluster; `RAY_ADDRESS`, else the cluster that this machine is a node of,
+    when null."""
 
     @property
     def column_keys(self) -> list[str]:

@@ -28,8 +28,8 @@ class Quantize(Section):
 
     algorithm: Algorithm | None = None
     """How weights are chosen: `gptq`, `awq` and `autoround` fit them to the activations of the
-    calibration, `rtn` rounds each to the nearest. When null `gptq`, and `rtn` for the FP8 schemes,
-    which lose nothing by it."""
+    calibration, `rtn` rounds each to the nearest. When null `gptq`, and `rtn` for the FP8
+    schemes."""
 
     group_size: Literal[32, 64, 128] | None = None
     """Weights that share a scale, of the integer schemes with 16-bit activations; the largest that

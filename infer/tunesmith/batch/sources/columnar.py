@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 from tunesmith.batch.sources.record import Record, plain
 from tunesmith.config import DataError, UserError, require
 from tunesmith.config.schema.batch import Batch
-from tunesmith.pipeline.sources import hub_commit
 
 _BATCH_ROWS = 256
 
@@ -39,10 +38,9 @@ def read_saved(batch: Batch) -> Iterator[Record]:
     return _rows(datasets, _split(splits, batch), batch)
 
 
-def read_hub(batch: Batch) -> Iterator[Record]:
+def read_hub(batch: Batch, commit: str | None) -> Iterator[Record]:
     """The rows of a hub data set, streamed where its format can be."""
     datasets = require("datasets", "infer")
-    commit = hub_commit(batch.input, batch.revision, "dataset")
     name = (batch.input, batch.subset) if batch.subset else (batch.input,)
     try:
         found = datasets.load_dataset(*name, revision=commit, streaming=True)

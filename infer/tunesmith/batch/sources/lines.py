@@ -32,7 +32,7 @@ def read_jsonl(lines: Iterable[bytes]) -> Iterator[Record]:
 def parse_object(raw: bytes) -> dict[str, Any]:
     """A line as a JSON object. Raises Invalid when it is none."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        value = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Invalid("malformed_line", f"not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -44,6 +44,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def read_csv(lines: Iterable[bytes], place: str) -> Iterator[Record]:

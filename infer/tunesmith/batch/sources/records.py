@@ -10,6 +10,7 @@ from tunesmith.batch.sources.record import Record
 from tunesmith.config.schema.batch import Batch
 from tunesmith.pipeline.batch import batch_files, is_saved_dataset
 from tunesmith.pipeline.files import InputFile
+from tunesmith.pipeline.sources import hub_commit
 
 
 def read_records(batch: Batch) -> Iterator[tuple[str | None, Record]]:
@@ -23,7 +24,8 @@ def read_records(batch: Batch) -> Iterator[tuple[str | None, Record]]:
         return
     files = batch_files(batch)
     if not files:
-        yield from ((None, record) for record in read_hub(batch))
+        commit = hub_commit(batch.input, batch.revision, "dataset")
+        yield from ((None, record) for record in read_hub(batch, commit))
     is_unique = len({file.name for file in files}) == len(files)
     for file in files:
         name = (file.name if is_unique else file.place) if len(files) > 1 else None

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.config import ModelError
+from tunesmith.config.schemes import SCHEMES
+from tunesmith.engine.fit import check_adapter, check_device
+
+WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+
+
+def model(folder: Path, weights: dict[str, Any] | None) -> Path:
+    groups = {"weights": {"weights": weights, "input_activations": None}}
+    quantization = {"quantization_config": {"config_groups": groups}} if weights else {}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **quantization}))
+    return folder
+
+
+def test_a_checkpoint_that_would_fail_on_a_cpu_is_refused_before_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ModelError, match=r"nvfp4a16: .*runs on Ampere .*nearest here: w4a16"):
+        check_device(model(tmp_path, WEIGHTS), gpu=False)
+
+
+def test_others_are_left_to_vllm(tmp_path: Path) -> None:
+    check_device(tmp_path, gpu=False)
+    check_device(model(tmp_path, None), gpu=False)
+    check_device(model(tmp_path, WEIGHTS | {"type": "int", "num_bits": 5}), gpu=False)
+    runs = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}
+    assert "cpu" not in SCHEMES["w4a16"].refused_by
+    check_device(model(tmp_path, runs), gpu=False)
+
+
+def test_an_adapter_of_the_parent_does_not_fit_where_activations_were_changed(
+    tmp_path: Path,
+) -> None:
+    def folder(name: str, **manifest: Any) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        return tmp_path / name
+
+    smoothed = {
+        "id": "checkpoint-2",
+        "label": "w8a8-int8",
+        "metrics": {"changes_activations": True},
+    }
+    changed = folder("changed", **smoothed)
+    plain = folder("plain", **smoothed | {"metrics": {}})
+    of_parent = folder("of-parent", parents={"base": "base-1"})
+    of_changed = folder("of-changed", parents={"base": "checkpoint-2"})
+    check_adapter(plain, of_parent)
+    check_adapter(changed, of_changed)
+    check_adapter(tmp_path, of_parent)
+    with pytest.raises(ModelError, match="was not trained over checkpoint-2, whose w8a8-int8 has"):
+        check_adapter(changed, of_parent)
