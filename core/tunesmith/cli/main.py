@@ -248,6 +248,25 @@ def verify(
 
 
 @app.command()
+def export(
+    reference: Annotated[str, typer.Argument(metavar="ID | NAME@ALIAS")],
+    to: Annotated[
+        str, typer.Option(help="A new folder, a URI such as s3://bucket/model, or hub:OWNER/NAME.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see a new repository on the hub.")
+    ] = False,
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+) -> None:
+    """Copy a model with its manifest and a card to where it is used without this store."""
+    from tunesmith.ledger import deliver
+
+    opened = _open_store(store, ledger)
+    typer.echo(deliver(opened, opened.get(reference), to, public=public))
+
+
+@app.command()
 def alias(
     name: Annotated[str, typer.Argument(help="NAME@ALIAS")],
     artifact: Annotated[str, typer.Argument(help="The id it shall point to.")],
