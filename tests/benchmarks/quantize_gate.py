@@ -16,6 +16,7 @@ import json
 import random
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,9 @@ def main() -> None:
     stages = {case: _stages(options, case) for case in CASES}
     found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
+        "commit": subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], text=True
+        ).strip(),
         "environment": describe_environment(),
         "cases": {case: _verified(one, case) for case, one in stages.items()},
         "by_weights": {scheme: _every_layer(stages["sound"], scheme) for scheme in SCHEMES},

@@ -146,10 +146,24 @@ def _layer_faults(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
     ):
         usual = statistics.median(entry[key] for entry in layers.values()) if layers else 0.0
         for name, entry in layers.items():
-            if entry[key] > max(limit, _OUTLIER * usual):
+            if entry[key] <= max(limit, _OUTLIER * usual):
+                continue
+            # AWQ moves scales between layers: then all of a kind are off, and no output is.
+            if entry[key] > _OUTLIER * _usual_of_kind(layers, name, key):
                 text = f"{name}: {what} {entry[key]:.0%}, those of the middle layer {usual:.1%}"
                 found.setdefault(name, text)
     return list(found.values())
+
+
+def _usual_of_kind(layers: Mapping[str, Mapping[str, float]], name: str, key: str) -> float:
+    """The median over the same layer of all other blocks; 0 where there is none."""
+    kind = name.rpartition(".")[2]
+    others = [
+        entry[key]
+        for other, entry in layers.items()
+        if other != name and other.rpartition(".")[2] == kind
+    ]
+    return statistics.median(others) if others else 0.0
 
 
 def _engine_faults(fidelity: Mapping[str, Any]) -> list[str]:

@@ -87,6 +87,15 @@ def test_layers_that_are_all_equally_far_off_are_no_outliers() -> None:
     assert judge({"layers": rotated}, fidelity(), LIMITS).state == "approved"
 
 
+def test_a_kind_of_layer_that_is_off_in_every_block_is_no_outlier() -> None:
+    moved = {
+        f"layers.{block}.{kind}_proj": {"error": error, "worst_row": 2 * error}
+        for block in range(4)
+        for kind, error in (("q", 0.1), ("k", 0.1), ("o", 0.1), ("v", 0.9))
+    }
+    assert judge({"layers": moved}, fidelity(), LIMITS).state == "approved"
+
+
 @pytest.mark.parametrize(
     ("loss", "held_out", "refused"),
     [(11.0, 4.9, True), (6.0, 4.9, False), (8.5, 8.4, False)],
