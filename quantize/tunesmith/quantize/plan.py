@@ -132,7 +132,7 @@ def run(stages: Stages, tflops: float | None = None) -> list[dict[str, Any]]:
     skeleton = Skeleton.of(folder, recipe.model.dtype, recipe.model.trust_remote_code)
     dataset = stages.store.find(stages.dataset.id)
     speed = tflops or _measure_tflops(recipe.model.dtype)
-    for name in stages.schemes:
+    for name in recipe.quantize.planned:
         method = Method.of(recipe.quantize, name)
         texts = None
         if method.calibrated and dataset:
