@@ -150,13 +150,12 @@ class Quantize(Section):
         return (self.scheme,) if isinstance(self.scheme, str) else self.scheme
 
     @property
-    def planned(self) -> tuple[SchemeName, ...]:
+    def planned(self) -> tuple[str, ...]:
         """The schemes that may be made: those named, or what `auto` may try."""
         if self.scheme == AUTO:
-            device = self.device
-            open_ones = [one for one in SCHEMES.values() if device not in one.refused_by]
-            return self.search.candidates or tuple(_name(one) for one in open_ones)
-        return (self.scheme,) if isinstance(self.scheme, str) else self.scheme
+            able = (one.name for one in SCHEMES.values() if self.device not in one.refused_by)
+            return self.search.candidates or tuple(able)
+        return self.schemes
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -253,11 +252,6 @@ class Quantize(Section):
                 able = [one.name for one in SCHEMES.values() if one.asymmetric]
                 raise ValueError(f"{scheme.name} has no zero points; {', '.join(able)} may")
         return symmetric
-
-
-def _name(scheme: Scheme) -> SchemeName:
-    name: SchemeName = scheme.name  # type: ignore[assignment]
-    return name
 
 
 def _asked(info: ValidationInfo) -> list[Scheme]:
