@@ -11,13 +11,25 @@ from tunesmith.config.schemes import has_amx, refusal, schemes_in
 from tunesmith.ledger import gpu_capability
 
 
-def check_device(model: Path, *, gpu: bool) -> None:
+def check_device(model: Path, dtype: str, *, gpu: bool) -> None:
     """Raises ModelError for a quantized model that vLLM would only fail on, or hang, after it has
     been loaded: with the reason, the devices that run it, and the nearest scheme that runs here."""
+    if reason := refused_here(model, dtype, gpu=gpu):
+        raise ModelError(f"{model}: {reason}")
+
+
+def refused_here(model: Path, dtype: str, *, gpu: bool) -> str | None:
+    """Why vLLM cannot run a model on this machine; None when it can."""
     capability = gpu_capability() if gpu else None
     for scheme in schemes_in(_read(model / "config.json").get("quantization_config") or {}):
         if reason := refusal(scheme.devices(), capability, has_amx=has_amx()):
-            raise ModelError(f"{model}: {scheme.name}: {reason}")
+            return f"{scheme.name}: {reason}"
+        if scheme.name == "w8a8-int8" and dtype == "float32" and not gpu and has_amx():
+            return (
+                f"{scheme.name}: on a CPU with AMX, vLLM's kernel takes activations in 16 bits "
+                "alone: set model.dtype: bfloat16"
+            )
+    return None
 
 
 def check_adapter(model: Path, adapter: Path) -> None:

@@ -109,7 +109,7 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
     Raises ModelError for a model that this machine's engine cannot run, and an adapter that does
     not fit it.
     """
-    check_device(spec.model, gpu=gpu)
+    check_device(spec.model, spec.dtype, gpu=gpu)
     settings = spec.settings
     arguments: dict[str, Any] = {
         "model": str(spec.model),

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tunesmith.config.schemes import has_amx, refusal
 from tunesmith.engine import EngineSpec, close_llm, engine_spec, lora_request, open_llm
 from tunesmith.engine.environment import has_gpu_engine
+from tunesmith.engine.fit import refused_here
 from tunesmith.evaluate.heldout import hold_out
 from tunesmith.evaluate.measure import Engine, measure
-from tunesmith.ledger import Artifact, gpu_capability
+from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.rows import sample_rows
 from tunesmith.statistics import Rows, level
@@ -29,10 +29,8 @@ def read_rows(artifact: Artifact) -> Rows:
 
 def refused(stages: Stages, name: str) -> str | None:
     """Why the engine of this machine cannot run a variant; None when it can."""
-    capability = gpu_capability() if has_gpu_engine() else None
-    loaded = stages.served_over(name) or stages.variants[name]
-    devices = stages.made(loaded).manifest.metrics.get("devices")
-    return refusal(devices, capability, has_amx=has_amx()) if devices else None
+    loaded = stages.made(stages.served_over(name) or stages.variants[name])
+    return refused_here(loaded.root, stages.recipe.model.dtype, gpu=has_gpu_engine())
 
 
 def measure_variant(stages: Stages, name: str) -> Artifact:

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tunesmith.chat import ChatTemplate
+from tunesmith.config.schemes import has_amx
 from tunesmith.evaluate.command import run, show
 from tunesmith.evaluate.variants import read_rows
 from tunesmith.pipeline import Stages
@@ -130,7 +131,11 @@ def test_comparisons(stages: Stages, result: dict[str, Any]) -> None:
         for found in result["comparisons"]
         if found["metric"] == "completion_loss"
     }
-    assert pairs.keys() == {("tuned", "base"), ("adapter", "tuned"), ("w8a8-int8", "tuned")}
+    expected = {("tuned", "base"), ("adapter", "tuned"), ("w8a8-int8", "tuned")}
+    if has_amx():  # vLLM's kernel for such CPUs takes no 32-bit activations
+        expected -= {("w8a8-int8", "tuned")}
+        assert "AMX" in result["refused"]["w8a8-int8"]
+    assert pairs.keys() == expected
     assert pairs["tuned", "base"]["relative_percent"]["high"] < -5.0
     assert pairs["tuned", "base"]["excludes_zero"]
     levels = {name: found["completion_loss"] for name, found in result["variants"].items()}
@@ -138,6 +143,8 @@ def test_comparisons(stages: Stages, result: dict[str, Any]) -> None:
         levels["tuned"] - levels["base"]
     )
     assert abs(pairs["adapter", "tuned"]["relative_percent"]["value"]) < 0.01
+    if has_amx():
+        return
     quantized = pairs["w8a8-int8", "tuned"]["relative_percent"]
     assert 0.0 < abs(quantized["value"]) < 2.0
     assert quantized["low"] <= quantized["value"] <= quantized["high"]
