@@ -1,0 +1,371 @@
+"""What the gateway adds to an upstream of 20 ms, with keys, limits, a budget and the log on.
+
+python tests/benchmarks/gateway.py --out docs/measured/gateway-cpu.json
+
+Upstream, gateway and client are processes of their own; direct and through the gateway take turns.
+With `--litellm PYTHON` (an interpreter that has `litellm[proxy]`) that proxy stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from aiohttp import web
+
+from tunesmith.config.schema.serve import Serve
+from tunesmith.ledger import describe_environment
+from tunesmith.serve.gateway import Gateway
+from tunesmith.serve.govern.database import open_gateway
+from tunesmith.serve.govern.governance import Governance
+from tunesmith.serve.govern.journal import Journal
+from tunesmith.serve.govern.keys import create_key, set_group
+from tunesmith.serve.govern.limits import Limits
+from tunesmith.serve.govern.measure import Measure
+from tunesmith.serve.govern.price import TokenPrice
+
+UPSTREAM_S = 0.020
+STREAM_PIECES, PIECE_S = 16, 0.005
+BOUNDS = {
+    "added_p50_ms": 1.5,
+    "added_p99_ms": 8.0,
+    "throughput_ratio": 0.95,
+    "added_ttft_ms": 2.5,
+    "against_litellm": 4.0,
+}
+BODY = {
+    "model": "bot",
+    "messages": [{"role": "user", "content": "Say what this function does. " * 8}],
+    "max_tokens": 16,
+}
+
+
+def main() -> None:
+    """Measure, write, and end with 3 when a bound is missed."""
+    options = _options()
+    with tempfile.TemporaryDirectory() as scratch, _processes(Path(scratch), options) as places:
+        found = {
+            f"c={concurrency}": _compare(places, concurrency, options)
+            for concurrency in options.concurrency
+        }
+        streams = _compare_streams(places, options)
+        peer = _compare_litellm(places, options) if options.litellm else None
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "machine": _machine(),
+        "upstream_ms": UPSTREAM_S * 1e3,
+        "bounds": BOUNDS,
+        "whole": found,
+        "streams": streams,
+        "litellm": peer,
+    }
+    report["missed"] = _missed(report)
+    text = json.dumps(report, indent=1) + "\n"
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    print(text)
+    sys.exit(3 if report["missed"] else 0)
+
+
+def _compare(
+    places: dict[str, Any], concurrency: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Latency and throughput, direct and through the gateway, in turns; medians over rounds."""
+    rounds = [
+        {
+            name: _in_process(_load, places[name], concurrency, options.requests * concurrency)
+            for name in ("direct", "gateway")
+        }
+        for _ in range(options.rounds)
+    ]
+
+    def median(figure: str, name: str) -> float:
+        return statistics.median(one[name][figure] for one in rounds)
+
+    ratios = [one["gateway"]["per_s"] / one["direct"]["per_s"] for one in rounds]
+    return {
+        "direct": {figure: median(figure, "direct") for figure in ("p50_ms", "p99_ms", "per_s")},
+        "gateway": {figure: median(figure, "gateway") for figure in ("p50_ms", "p99_ms", "per_s")},
+        "added_p50_ms": round(median("p50_ms", "gateway") - median("p50_ms", "direct"), 3),
+        "added_p99_ms": round(median("p99_ms", "gateway") - median("p99_ms", "direct"), 3),
+        "throughput_ratio": round(statistics.median(ratios), 4),
+        "rounds": rounds,
+    }
+
+
+def _compare_streams(places: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    rounds = [
+        {name: _in_process(_streams, places[name], 1, 40) for name in ("direct", "gateway")}
+        for _ in range(options.rounds)
+    ]
+    medians = {
+        name: statistics.median(one[name]["ttft_p50_ms"] for one in rounds)
+        for name in ("direct", "gateway")
+    }
+    return {
+        **{f"{name}_ttft_p50_ms": value for name, value in medians.items()},
+        "added_ttft_ms": round(medians["gateway"] - medians["direct"], 3),
+        "rounds": rounds,
+    }
+
+
+def _compare_litellm(places: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    rounds = [
+        {
+            name: _in_process(_load, places[name], 64, options.requests * 8)
+            for name in ("litellm", "gateway")
+        }
+        for _ in range(options.rounds)
+    ]
+    ratios = [one["gateway"]["per_s"] / one["litellm"]["per_s"] for one in rounds]
+    return {"against_litellm": round(statistics.median(ratios), 2), "rounds": rounds}
+
+
+def _missed(report: dict[str, Any]) -> list[str]:
+    parts = {**report["whole"], "streams": report["streams"], "litellm": report["litellm"] or {}}
+    return [
+        f"{name}: {figure} {part[figure]} against {bound}"
+        for name, part in parts.items()
+        for figure, bound in BOUNDS.items()
+        if figure in part
+        and (
+            part[figure] < bound
+            if figure in ("throughput_ratio", "against_litellm")
+            else part[figure] > bound
+        )
+    ]
+
+
+def _load(place: dict[str, str], concurrency: int, requests: int) -> dict[str, float]:
+    """A closed loop of whole answers."""
+
+    async def play() -> dict[str, float]:
+        latencies: list[float] = []
+        async with _session(place) as client:
+            await _one(client, place)
+
+            async def worker() -> None:
+                for _ in range(requests // concurrency):
+                    started_s = time.perf_counter()
+                    await _one(client, place)
+                    latencies.append(time.perf_counter() - started_s)
+
+            began_s = time.perf_counter()
+            await asyncio.gather(*(worker() for _ in range(concurrency)))
+            per_s = len(latencies) / (time.perf_counter() - began_s)
+        p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+        return {"p50_ms": round(p50, 3), "p99_ms": round(p99, 3), "per_s": round(per_s, 2)}
+
+    return asyncio.run(play())
+
+
+async def _one(client: aiohttp.ClientSession, place: dict[str, str]) -> None:
+    async with client.post(f"{place['url']}/chat/completions", json=BODY) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+
+
+def _streams(place: dict[str, str], _concurrency: int, requests: int) -> dict[str, float]:
+    """Time to the first piece."""
+
+    async def play() -> dict[str, float]:
+        firsts = []
+        async with _session(place) as client:
+            for _ in range(requests):
+                started_s = time.perf_counter()
+                async with client.post(
+                    f"{place['url']}/chat/completions", json=BODY | {"stream": True}
+                ) as response:
+                    await response.content.readuntil(b"\n\n")
+                    firsts.append(time.perf_counter() - started_s)
+                    await response.read()
+        return {"ttft_p50_ms": round(statistics.median(firsts) * 1e3, 3)}
+
+    return asyncio.run(play())
+
+
+def _session(place: dict[str, str]) -> aiohttp.ClientSession:
+    headers = {"Authorization": f"Bearer {place['key']}"}
+    return aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+
+
+def _in_process(work: Any, place: dict[str, str], concurrency: int, requests: int) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, (place, concurrency, requests))
+
+
+@contextmanager
+def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Where the upstream, the gateway and the peer answer."""
+    context = multiprocessing.get_context("spawn")
+    ports = [_free_port() for _ in range(3)]
+    database = open_gateway(scratch)
+    set_group(database, "lab", Limits(tokens_per_day=10**12))
+    limits = Limits(10**9, 10**12, 10_000, 10**12, 1e9)
+    _, key = create_key(database, "bench", group="lab", limits=limits)
+    workers = [
+        context.Process(target=_upstream, args=(ports[0],), daemon=True),
+        context.Process(target=_gateway, args=(ports[1], ports[0], str(scratch)), daemon=True),
+    ]
+    for worker in workers:
+        worker.start()
+    places = {
+        "direct": {"url": f"http://127.0.0.1:{ports[0]}/v1", "key": ""},
+        "gateway": {"url": f"http://127.0.0.1:{ports[1]}/v1", "key": key},
+    }
+    peer = None
+    if options.litellm:
+        peer = _litellm(options.litellm, ports[2], ports[0], scratch)
+        places["litellm"] = {"url": f"http://127.0.0.1:{ports[2]}/v1", "key": "sk-bench"}
+    try:
+        for place in places.values():
+            _wait(place)
+        yield places
+    finally:
+        for worker in workers:
+            worker.terminate()
+        if peer:
+            peer.terminate()
+
+
+def _upstream(port: int) -> None:
+    usage = {"prompt_tokens": 60, "completion_tokens": 16, "total_tokens": 76}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "It adds two numbers."}}
+    whole = {"id": "c-1", "object": "chat.completion", "created": 1, "model": "bot"}
+    whole |= {"choices": [choice | {"finish_reason": "stop"}], "usage": usage}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        await asyncio.sleep(UPSTREAM_S)
+        if not body.get("stream"):
+            return web.json_response(whole)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for count in range(1, STREAM_PIECES + 1):
+            delta = {"index": 0, "delta": {"content": "word "}, "finish_reason": None}
+            piece = whole | {"object": "chat.completion.chunk", "choices": [delta]}
+            piece |= {"usage": usage | {"completion_tokens": count}}
+            await response.write(f"data: {json.dumps(piece)}\n\n".encode())
+            await asyncio.sleep(PIECE_S)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def models(_request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "bot", "max_model_len": 4096}]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/chat/completions", answer)
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+
+
+class _Ready:
+    """A supervisor whose engine is the upstream."""
+
+    is_ready = True
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @property
+    def server(self) -> _Ready:
+        return self
+
+
+def _gateway(port: int, upstream: int, store: str) -> None:
+    section = Serve(keys=True)
+    database = open_gateway(Path(store))
+    price = TokenPrice(1.0, 2.0, "the benchmark")
+    with Journal(database, Path(store) / "serve", rows_per_file=100_000) as journal:
+        governance = Governance(
+            section, database, journal, Measure(None), artifact_id="checkpoint-bench", price=price
+        )
+        supervisor: Any = _Ready(f"http://127.0.0.1:{upstream}/v1")
+        gateway = Gateway(
+            supervisor, governance, model_name="bot", artifact_id="checkpoint-bench", asks_keys=True
+        )
+        web.run_app(
+            gateway.app(), host="127.0.0.1", port=port, print=None, access_log=None,
+            handler_cancellation=True,
+        )  # fmt: skip
+
+
+def _litellm(python: Path, port: int, upstream: int, scratch: Path) -> subprocess.Popen[bytes]:
+    config = scratch / "litellm.yaml"
+    config.write_text(
+        "model_list:\n- model_name: bot\n  litellm_params:\n    model: openai/bot\n"
+        f"    api_base: http://127.0.0.1:{upstream}/v1\n    api_key: none\n"
+        "general_settings:\n  master_key: sk-bench\n"
+    )
+    program = python.parent / "litellm"
+    return subprocess.Popen(
+        [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=(scratch / "litellm.log").open("wb"),
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+    )
+
+
+def _wait(place: dict[str, str]) -> None:
+    deadline_s = time.monotonic() + 120
+    request = urllib.request.Request(
+        f"{place['url']}/models", headers={"Authorization": f"Bearer {place['key']}"}
+    )
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=100, help="of each client and round")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--litellm", type=Path, help="a Python that has litellm[proxy]")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
+    return found.stdout.decode().strip()
+
+
+def _machine() -> dict[str, Any]:
+    found = describe_environment()
+    return {key: found[key] for key in ("cpu", "cpu_count", "memory_gib", "versions")}
+
+
+if __name__ == "__main__":
+    main()
