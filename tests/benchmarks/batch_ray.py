@@ -3,8 +3,8 @@
     python tests/benchmarks/batch_ray.py --out docs/measured/batch-ray-cpu.json
 
 Each round answers the rows once with a node killed when half of them are committed, and once with
-the command itself stopped (SIGTERM) and killed (SIGKILL) on the way and started again. Exit code 3 when a row is lost,
-is there twice, or when fewer than 99 % of the greedy answers are those of one machine.
+the command stopped (SIGTERM) and killed (SIGKILL) on the way and started again. Exit code 3 when a
+row is lost, is there twice, or when fewer than 99 % of the greedy answers are those of one machine.
 """
 
 from __future__ import annotations
