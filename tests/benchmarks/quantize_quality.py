@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import load_recipe
+from tunesmith.config.schemes import SCHEMES
 from tunesmith.evaluate.heldout import hold_out
 from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
@@ -36,34 +37,24 @@ MOST_PERCENT = {
 """Largest increase of the loss against the tuned parent, for schemes as they are by default."""
 
 CASES: dict[str, dict[str, Any]] = {
-    "w8a8-int8": {},
+    **{name: {} for name in MOST_PERCENT},
+    **{name: {} for name in SCHEMES},
     "w8a8-int8 smoothquant": {"smoothquant": 0.5},
     "w8a8-int8 rtn": {"algorithm": "rtn"},
-    "fp8-dynamic": {},
     "fp8-dynamic gptq": {"algorithm": "gptq"},
-    "fp8-static": {},
     "fp8-static gptq": {"algorithm": "gptq"},
-    "fp8-block": {},
     "fp8-block gptq": {"algorithm": "gptq"},
-    "w8a16": {},
-    "w4a16": {},
     "w4a16 asymmetric": {"symmetric": False},
     "w4a16 groups of 32": {"group_size": 32},
     "w4a16 rtn": {"algorithm": "rtn"},
     "w4a16 awq": {"algorithm": "awq"},
     "w4a16 autoround": {"algorithm": "autoround"},
     "w4a16 spinquant": {"rotation": "spinquant"},
-    "w3a16": {},
     "w3a16 spinquant": {"rotation": "spinquant"},
-    "w2a16": {},
     "w2a16 spinquant": {"rotation": "spinquant"},
-    "nvfp4": {},
     "nvfp4 rtn": {"algorithm": "rtn"},
-    "nvfp4a16": {},
     "nvfp4a16 rtn": {"algorithm": "rtn"},
-    "mxfp4": {},
     "mxfp4 rtn": {"algorithm": "rtn"},
-    "mxfp4a16": {},
     "mxfp4a16 rtn": {"algorithm": "rtn"},
 }
 """Name, which begins with the scheme → further keys of `quantize`."""
@@ -102,7 +93,9 @@ def main() -> None:
 
 def _stages(options: argparse.Namespace, keys: dict[str, Any]) -> Stages:
     overrides = [f"quantize.{key}={json.dumps(value)}" for key, value in keys.items()]
-    recipe = load_recipe(options.recipe, [f"store.folder={options.store}", *overrides])
+    recipe = load_recipe(
+        options.recipe, [f"store.folder={options.store}", "quantize.verify_rows=0", *overrides]
+    )
     return Stages(recipe, path=str(options.recipe))
 
 

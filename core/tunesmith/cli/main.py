@@ -47,6 +47,7 @@ _COMMANDS = {
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
     "eval": ("tunesmith.evaluate.command", "infer"),
+    "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
@@ -119,14 +120,24 @@ def train(
 
 @app.command()
 def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Make the compressed checkpoints."""
+    """Make the compressed checkpoints, and compare each with its parent in the engine.
+
+    Ends with exit code 3 when one is refused."""
     _execute("quantize", recipe, overrides, as_json)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option("--fidelity", help="Verify the compressed checkpoints against their parent."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure the quality of every model of the recipe on held-out rows."""
-    _execute("eval", recipe, overrides, as_json)
+    _execute("eval fidelity" if fidelity else "eval", recipe, overrides, as_json)
 
 
 @app.command()
@@ -234,6 +245,25 @@ def verify(
     from tunesmith.cli import show as views
 
     print_result(*views.verify(_open_store(store, ledger), reference), as_json)
+
+
+@app.command()
+def export(
+    reference: Annotated[str, typer.Argument(metavar="ID | NAME@ALIAS")],
+    to: Annotated[
+        str, typer.Option(help="A new folder, a URI such as s3://bucket/model, or hub:OWNER/NAME.")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see a new repository on the hub.")
+    ] = False,
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+) -> None:
+    """Copy a model with its manifest and a card to where it is used without this store."""
+    from tunesmith.ledger import deliver
+
+    opened = _open_store(store, ledger)
+    typer.echo(deliver(opened, opened.get(reference), to, public=public))
 
 
 @app.command()

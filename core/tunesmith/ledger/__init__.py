@@ -1,6 +1,7 @@
 """Artifacts, their lineage, versions and aliases."""
 
 from tunesmith.ledger.database import open_database
+from tunesmith.ledger.delivery import deliver
 from tunesmith.ledger.environment import (
     describe_environment,
     device_count,
@@ -21,6 +22,7 @@ __all__ = [
     "Row",
     "Store",
     "Work",
+    "deliver",
     "describe_environment",
     "device_count",
     "gpu_capability",

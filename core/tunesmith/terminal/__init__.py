@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +47,7 @@ class Bar:
         self._task = progress.add_task(description, total=total, note="") if progress else None
         self._description, self._total = description, total
         self._done = 0
-        self._printed_s = time.monotonic()
+        self._started_s = self._printed_s = time.monotonic()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count finished work; `note` stands at the end of the line."""
@@ -55,7 +56,15 @@ class Bar:
             self._progress.update(self._task, advance=amount, note=note)
         elif time.monotonic() - self._printed_s >= _PLAIN_INTERVAL_S:
             self._printed_s = time.monotonic()
+            note = f"{self._left()} {note}".strip()
             log(f"{self._description}: {self._done}/{self._total or '?'} {note}".rstrip())
+
+    def _left(self) -> str:
+        """How long the rest takes if it goes on as it did."""
+        if not self._total or not self._done:
+            return ""
+        left_s = (self._printed_s - self._started_s) * (self._total - self._done) / self._done
+        return f"({timedelta(seconds=round(left_s))} left)"
 
 
 @contextmanager
