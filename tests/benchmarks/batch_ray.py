@@ -3,8 +3,8 @@
     python tests/benchmarks/batch_ray.py --out docs/measured/batch-ray-cpu.json
 
 Each round answers the rows once with a node killed when half of them are committed, and once with
-the command itself killed (SIGKILL) at a quarter and started again. Exit code 3 when a row is lost,
-is there twice, or when fewer than 99 % of the greedy answers are those of one machine.
+the command stopped (SIGTERM) and killed (SIGKILL) on the way and started again. Exit code 3 when a
+row is lost, is there twice, or when fewer than 99 % of the greedy answers are those of one machine.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def is_good(found: dict[str, Any]) -> bool:
         found["lost"] == found["duplicated"] == found["errors"] == 0
         and found["equal"] >= LEAST_EQUAL
         and found.get("engines_gone_after_s", 0.0) < LONGEST_LEFT_S
+        and found.get("stopped", {}).get("exit_code", 75) == 75
+        and not found.get("stopped", {}).get("engines_left")
     )
 
 
@@ -109,18 +111,23 @@ def lose_node(folder: Path, nodes: TwoNodes, rows: int, expected: list[Any]) -> 
 
 
 def lose_command(folder: Path, nodes: TwoNodes, rows: int, expected: list[Any]) -> dict[str, Any]:
-    """Kill the command when a quarter of the rows are there, and start it again."""
+    """Stop the command at an eighth of the rows and kill it at a quarter; then let it end."""
     process = start(folder, nodes.address)
-    wait_for_rows(folder, rows // 4, process)
+    wait_for_rows(folder, rows // 8, process)
+    process.terminate()
+    process.communicate(timeout=120)
+    stopped = {"exit_code": process.returncode, "kept_rows": committed(folder)}
+    stopped["engines_left"] = len(nodes.engines_left(LONGEST_LEFT_S))
+    process = start(folder, nodes.address)
+    wait_for_rows(folder, max(rows // 4, stopped["kept_rows"] + rows // 8), process)
     process.kill()
     process.wait()
     killed_s, at_kill = time.monotonic(), committed(folder)
     nodes.engines_left(LONGEST_LEFT_S)
     gone_s = round(time.monotonic() - killed_s, 2)
     answers, seconds = finish(start(folder, nodes.address), folder)
-    return {"killed_at_row": at_kill, "engines_gone_after_s": gone_s} | compare(
-        folder, rows, answers, expected, seconds
-    )
+    found = {"stopped": stopped, "killed_at_row": at_kill, "engines_gone_after_s": gone_s}
+    return found | compare(folder, rows, answers, expected, seconds)
 
 
 def compare(
