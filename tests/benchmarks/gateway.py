@@ -30,9 +30,9 @@ from typing import Any
 import aiohttp
 import numpy as np
 from aiohttp import web
+from provenance import commit, machine
 
 from tunesmith.config.schema.serve import Serve
-from tunesmith.ledger import describe_environment
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
@@ -70,8 +70,8 @@ def main() -> None:
         peer = _compare_litellm(places, options) if options.litellm else None
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "upstream_ms": UPSTREAM_S * 1e3,
         "bounds": BOUNDS,
         "whole": found,
@@ -354,17 +354,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--litellm", type=Path, help="a Python that has litellm[proxy]")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "memory_gib", "versions")}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import yaml
+from provenance import commit, machine
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tunesmith.ledger import describe_environment
 from tunesmith.train.tokenizer import learn_tokenizer
 
 MOST_OVER, MOST_UNDER = 0.10, 0.03
@@ -91,11 +91,11 @@ def main() -> None:
 def _add(path: Path, name: str, found: dict[str, Any]) -> dict[str, Any]:
     """The report with one more case, on disk."""
     before = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
-    found |= {"commit": _commit(), "command": shlex.join(["python", *sys.argv])}
+    found |= {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
     cases = {one: (before | {name: found})[one] for one in CASES if one in {*before, name}}
     errors = [one["error"] for one in cases.values()]
     report = {
-        "machine": _machine(),
+        "machine": machine(),
         "error": "predicted / measured - 1",
         "largest_over": max(errors),
         "largest_under": min(errors),
@@ -190,17 +190,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=list(CASES), help="some of the cases")
     parser.add_argument("--out", type=Path, required=True, help="other cases in it are kept")
     return parser.parse_args()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "memory_gib", "versions")}
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import yaml
+from provenance import commit, machine
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tunesmith.config.schema.quantize import Quantize
-from tunesmith.ledger import describe_environment
 from tunesmith.quantize import compress as compressing
 from tunesmith.quantize.calibration import Calibration
 from tunesmith.quantize.compress import compress
@@ -60,8 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         for name in options.only or MEASURES:
             found = MEASURES[name](Path(scratch), options.rounds)
-            found |= {"commit": _commit(), "command": shlex.join(["python", *sys.argv])}
-            report |= {"machine": _machine(), name: found}
+            found |= {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+            report |= {"machine": machine(), name: found}
             print(name, json.dumps(found, indent=1), flush=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if all(report[name]["within"] for name in MEASURES if name in report) else 3)
@@ -257,17 +257,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where scratch files go")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "memory_gib", "versions")}
 
 
 if __name__ == "__main__":

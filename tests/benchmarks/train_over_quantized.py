@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit, machine
 
 from tunesmith.config import load_recipe
-from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.statistics import compare, level
 from tunesmith.statistics.bootstrap import Interval, ratio_of_sums
@@ -49,8 +49,8 @@ def main() -> None:
     pooled = _pooled(measured)
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "confidence": CONFIDENCE,
         "seeds": measured,
         "all_seeds": pooled,
@@ -235,17 +235,6 @@ def _run(command: str, overrides: list[str]) -> dict[str, Any]:
         raise SystemExit(f"{shlex.join(words)} ended with {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "versions") if key in found}
 
 
 if __name__ == "__main__":

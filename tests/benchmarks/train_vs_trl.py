@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import yaml
+from provenance import commit, machine
 
 from tunesmith.config import load_recipe
-from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.train import model as models
 from tunesmith.train.language import EVALUATION_FILE, read_language
@@ -68,8 +68,8 @@ def main() -> None:
         }
     report = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine(),
         "workloads": figures,
     }
     text = json.dumps(report, indent=1)
@@ -262,17 +262,6 @@ def _held_out_loss(work: Workload, adapter: Path) -> float:
         nats += float(loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum())
         tokens += len(batch.targets_N)
     return nats / tokens
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return found.stdout.decode().strip()
-
-
-def _machine() -> dict[str, Any]:
-    found = describe_environment()
-    return {key: found[key] for key in ("cpu", "cpu_count", "versions") if key in found}
 
 
 if __name__ == "__main__":
