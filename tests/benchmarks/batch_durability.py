@@ -126,7 +126,7 @@ def measure(
         else:
             process.terminate()
         job.codes.append(process.wait())
-        job.rework.append(job.handed() - job.committed())
+        job.rework.append(job.handed() - job.committed() - sum(job.rework))
         process = job.start()
     job.codes.append(process.wait())
     rows = answers(job)

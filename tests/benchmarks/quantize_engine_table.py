@@ -63,7 +63,9 @@ def main() -> None:
 def _row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     keys = {"scheme": name.split()[0], "calibration_rows": 32, **CASES[name]}
     overrides = [f"quantize.{key}={json.dumps(value)}" for key, value in keys.items()]
-    recipe = load_recipe(options.recipe, [f"store.folder={options.store}", *overrides])
+    recipe = load_recipe(
+        options.recipe, [f"store.folder={options.store}", "quantize.verify_rows=0", *overrides]
+    )
     adapter = Stages(recipe).trained.id
     parent, merged = (
         _made(options, one) for one in (recipe.model_copy(update={"train": None}), recipe)

@@ -93,7 +93,9 @@ def main() -> None:
 
 def _stages(options: argparse.Namespace, keys: dict[str, Any]) -> Stages:
     overrides = [f"quantize.{key}={json.dumps(value)}" for key, value in keys.items()]
-    recipe = load_recipe(options.recipe, [f"store.folder={options.store}", *overrides])
+    recipe = load_recipe(
+        options.recipe, [f"store.folder={options.store}", "quantize.verify_rows=0", *overrides]
+    )
     return Stages(recipe, path=str(options.recipe))
 
 

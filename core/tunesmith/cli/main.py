@@ -47,6 +47,7 @@ _COMMANDS = {
     "train": ("tunesmith.train.command", "train"),
     "quantize": ("tunesmith.quantize.command", "quantize"),
     "eval": ("tunesmith.evaluate.command", "infer"),
+    "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
@@ -119,14 +120,24 @@ def train(
 
 @app.command()
 def quantize(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Make the compressed checkpoints."""
+    """Make the compressed checkpoints, and compare each with its parent in the engine.
+
+    Ends with exit code 3 when one is refused."""
     _execute("quantize", recipe, overrides, as_json)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option("--fidelity", help="Verify the compressed checkpoints against their parent."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Measure the quality of every model of the recipe on held-out rows."""
-    _execute("eval", recipe, overrides, as_json)
+    _execute("eval fidelity" if fidelity else "eval", recipe, overrides, as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from tunesmith.config import GateError
 from tunesmith.ledger import Artifact, Row, Store
+from tunesmith.pipeline.verdict import recorded_verdict
 from tunesmith.terminal import log, make_table
 
 View = tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]
@@ -30,6 +31,7 @@ def show(store: Store, reference: str | None, rebuild: bool) -> View:
     return {
         "manifest": artifact.manifest.model_dump(mode="json"),
         "folder": str(artifact.folder),
+        "verdict": _verdict(store, artifact),
         "up": _up(store, artifact),
         "down": _down(store, artifact.id),
     }, _detail
@@ -124,6 +126,7 @@ def _detail(result: dict[str, Any]) -> Any:
         ("folder", result["folder"]),
         ("cost", _cost(manifest["cost"])),
         ("files", _files(manifest["files"])),
+        *([("verdict", result["verdict"])] if result["verdict"] else []),
     ):
         facts.add_row(f"[bold]{key}[/bold]", value)
     metrics = make_table(
@@ -134,6 +137,14 @@ def _detail(result: dict[str, Any]) -> Any:
     up = _tree("Made from", result["up"], "parents")
     down = _tree("Used by", result["down"], "children")
     return Group(facts, "", metrics, "", up, "", down)
+
+
+def _verdict(store: Store, artifact: Artifact) -> str | None:
+    """Of a compressed checkpoint: whether it may be used, and why not."""
+    if "scheme" not in artifact.manifest.metrics or artifact.manifest.kind != "checkpoint":
+        return None
+    found = recorded_verdict(store, artifact.id)
+    return ": ".join([found.state, *found.reasons[:1]]) if found else "unverified"
 
 
 def _cost(cost: dict[str, Any]) -> str:
@@ -152,6 +163,8 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and len(value) > 8:
         kinds = Counter(type(item).__name__ for item in value)
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    if isinstance(value, dict) and len(value) > 8:
+        return f"{len(value)} entries"
     return str(value)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import TunesmithError, WorkInterrupted, load_recipe
+from tunesmith.config import GateError, TunesmithError, WorkInterrupted, load_recipe
 from tunesmith.ledger import Draft
 from tunesmith.pipeline.files import is_uri
 from tunesmith.pipeline.stages import Stages
@@ -52,6 +52,7 @@ def steps(stages: Stages) -> list[Step]:
         found.append(Step("train", ("train",), tuple(made)))
     if recipe.quantize:
         made = [stages.quantized(scheme) for scheme in stages.schemes]
+        made += stages.fidelities
         found.append(Step("quantize", ("quantize",), tuple(made)))
     if recipe.evaluate:
         made = [stages.evaluation(name) for name in stages.evaluated]
@@ -88,12 +89,17 @@ def run_recipe(path: Path, overrides: Sequence[str], *, discard: bool = False) -
         log(f"{step.name}: making {', '.join(draft.label for draft in missing or step.makes)}")
         before_s = time.monotonic()
         flags = ("--discard",) if discard and step.name in ("train", "batch") else ()
-        _spawn(step, path, (*overrides, *flags))
+        try:
+            spawn(step.name, step.command, path, (*overrides, *flags))
+        except StepError as error:
+            if error.exit_code == GateError.exit_code:
+                log(f"report: {_report(stages, timings)}")
+            raise
         timings[step.name] = time.monotonic() - before_s
         log(f"{step.name}: done in {timings[step.name]:.1f} s")
-    from tunesmith.report import summary, write_report
+    from tunesmith.report import summary
 
-    report = write_report(stages, stages.store.folder / "reports" / recipe.name, timings)
+    report = _report(stages, timings)
     return {
         "name": recipe.name,
         "ids": {
@@ -121,12 +127,23 @@ def show(result: dict[str, Any]) -> Any:
     )
 
 
-def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:
+def _report(stages: Stages, timings: dict[str, float]) -> Path:
+    from tunesmith.report import write_report
+
+    return write_report(stages, stages.store.folder / "reports" / stages.recipe.name, timings)
+
+
+def spawn(
+    name: str, words: Sequence[str], path: Path, arguments: Sequence[str] = (), shown: bool = True
+) -> None:
     """Run one command of this CLI, pass a stop on to it, and raise on any other end than 0."""
-    command = [sys.executable, "-m", "tunesmith.cli", *step.command, str(path), *arguments]
+    command = [sys.executable, "-m", "tunesmith.cli", *words, str(path), *arguments]
     # Results of a step are not the run's result: its table goes where progress goes.
     process = subprocess.Popen(
-        command, stdout=sys.stderr, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
+        command,
+        stdout=sys.stderr if shown else subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_parent,
     )
     try:
         code = process.wait()
@@ -138,8 +155,8 @@ def _spawn(step: Step, path: Path, arguments: Sequence[str]) -> None:
     if code == 0:
         return
     if code == _INTERRUPTED:
-        raise WorkInterrupted(f"{step.name} was interrupted; run the same command again to resume")
-    error = StepError(f"{step.name} ended with exit code {code}; its message is above")
+        raise WorkInterrupted(f"{name} was interrupted; run the same command again to resume")
+    error = StepError(f"{name} ended with exit code {code}; its message is above")
     error.exit_code = code if code > 0 else 1
     raise error
 

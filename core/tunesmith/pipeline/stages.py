@@ -159,6 +159,43 @@ class Stages:
             raise UserError(f"{self.path}: quantize.calibration_text: no such file: {text}")
         return {**self._template, "calibration_text": self.store.digest(text)}
 
+    def fidelity(self, scheme: str) -> Draft:
+        """What a compressed checkpoint keeps of its parent, measured in the engine.
+
+        The limits of the gate are not part of it: another limit needs no other measurement.
+        """
+        checkpoint = self.quantized(scheme)
+        quantize, data, evaluate = self.recipe.quantize, self.recipe.data, self.recipe.evaluate
+        assert quantize and data
+        section = {
+            "fidelity": _pick(quantize, "verify_rows"),
+            "evaluate": _pick(evaluate, "tasks", "max_tokens") if evaluate else {},
+            "engine": self._engine,
+            "data": _pick(data, "max_length"),
+            "seed": self.recipe.seed,
+        }
+        parents = {
+            "checkpoint": checkpoint.id,
+            "parent": checkpoint.parents["parent"],
+            "data": self.dataset.id,
+        }
+        return self._draft("eval", f"fidelity {scheme}", section, self._template, parents)
+
+    @property
+    def fidelities(self) -> list[Draft]:
+        """Those of all checkpoints; none where the recipe leaves them unverified."""
+        quantize = self.recipe.quantize
+        if quantize is None or not quantize.verify_rows:
+            return []
+        return [self.fidelity(scheme) for scheme in self.schemes]
+
+    def calibration_file(self, scheme: str) -> Path:
+        """Where the tokens that a checkpoint was calibrated on are kept, for its verification.
+
+        They are training data, so they are no part of the folder that is delivered.
+        """
+        return self.store.folder / "cache" / "calibration" / f"{self.quantized(scheme).id}.json"
+
     @cached_property
     def schemes(self) -> tuple[str, ...]:
         """The schemes of `quantize`, in the recipe's order."""
@@ -305,6 +342,7 @@ class Stages:
             draft.kind, "quantize" if draft.label in self.schemes else draft.label.split()[0]
         )
         stage = "train" if draft.label == "tuned" else stage
+        stage = "quantize" if draft.label.startswith("fidelity ") else stage
         raise UserError(
             f"the {draft.label} of {self.path} ({draft.id}) has not been made; "
             f"run: tunesmith {stage} {self.path} (or: tunesmith run {self.path})"

@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.config import TunesmithError, UserError
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import summary_of
 from tunesmith.statistics import Interval, Rows, compare, level
 
 BENCH_MODES = ("batch", "serve")
@@ -51,6 +52,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """One compressed checkpoint, and what its verification came to."""
+
+    name: str
+    size_bytes: int
+    parent_bytes: int
+    layers: dict[str, dict[str, float]]
+    """By layer, how far its weights are from the parent's."""
+    found: dict[str, Any]
+    """Verdict and figures, as `summary_of` gives them."""
+
+
+@dataclass(frozen=True)
 class Made:
     """One artifact of the recipe, for the table of stages and the lineage."""
 
@@ -72,6 +86,7 @@ class Contents:
     held_out: Curve | None
     serve_samples: dict[str, list[dict[str, Any]]]
     """Raw samples of the real-time load by variant."""
+    checkpoints: list[Checkpoint]
     lineage: list[Made]
     missing: list[str]
     """Sentences that name what is not there and the command that makes it."""
@@ -88,6 +103,7 @@ def gather(stages: Stages) -> Contents:
         training=training,
         held_out=held_out,
         serve_samples=_samples(benches["serve"]),
+        checkpoints=_checkpoints(stages),
         lineage=_lineage([artifact for artifact in _all(stages) if artifact]),
         missing=_missing(stages),
     )
@@ -185,6 +201,16 @@ def _samples(bench: Artifact | None) -> dict[str, list[dict[str, Any]]]:
     return {name: entry["samples"] for name, entry in entries.items() if "samples" in entry}
 
 
+def _checkpoints(stages: Stages) -> list[Checkpoint]:
+    made = []
+    for name, found in summary_of(stages).items():
+        artifact = _found(stages, stages.quantized(name))
+        if artifact and "parent_bytes" in (metrics := artifact.manifest.metrics):
+            sizes = metrics["bytes"], metrics["parent_bytes"]
+            made.append(Checkpoint(name, *sizes, metrics.get("layers", {}), found))
+    return made
+
+
 def _read_lines(artifact: Artifact, name: str) -> list[dict[str, Any]]:
     text = (artifact.root / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -201,6 +227,7 @@ def _all(stages: Stages) -> list[Artifact | None]:
     drafts += list(stages.variants.values())
     if recipe.train:
         drafts += [stages.trained]
+    drafts += stages.fidelities
     if recipe.evaluate:
         drafts += [stages.evaluation(name) for name in stages.evaluated]
     if recipe.batch:
@@ -218,7 +245,7 @@ def _all(stages: Stages) -> list[Artifact | None]:
     return [*parents, *found]
 
 
-_CLOSEST = ("adapter", "parent", "model", "base")
+_CLOSEST = ("adapter", "checkpoint", "parent", "model", "base")
 """Roles of a parent, the one first that an artifact is drawn under; data comes last."""
 
 
@@ -258,6 +285,7 @@ def _missing(stages: Stages) -> list[str]:
         wanted["train"] = {"training": stages.trained}
     if recipe.quantize:
         wanted["quantize"] = {name: stages.quantized(name) for name in stages.schemes}
+        wanted["eval --fidelity"] = {draft.label: draft for draft in stages.fidelities}
     if recipe.evaluate:
         wanted["eval"] = {f"eval {name}": stages.evaluation(name) for name in stages.evaluated}
     if recipe.bench:

@@ -12,7 +12,9 @@ from tunesmith.ledger import describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.report import figures as say
 from tunesmith.report.contents import Contents, gather
+from tunesmith.report.fidelity import line
 from tunesmith.report.plots import plots
+from tunesmith.report.quantization import quantization_plots
 from tunesmith.report.table import row
 
 REPORT = "report.html"
@@ -29,8 +31,13 @@ def write_report(stages: Stages, out: Path, timings: Mapping[str, float]) -> Pat
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     contents = gather(stages)
-    drawn = plots(contents)
+    of_models, of_checkpoints = plots(contents), quantization_plots(contents.checkpoints)
+    drawn = [*of_models, *of_checkpoints]
     script, divs = components([plot.figure for plot in drawn]) if drawn else ("", ())
+    figures = [
+        {"title": plot.title, "note": plot.note, "div": div}
+        for plot, div in zip(drawn, divs, strict=True)
+    ]
     environment = Environment(
         loader=PackageLoader("tunesmith.report"),
         autoescape=True,
@@ -41,10 +48,8 @@ def write_report(stages: Stages, out: Path, timings: Mapping[str, float]) -> Pat
     resources = Resources(mode="inline", components=["bokeh"])
     html = environment.get_template("report.html.jinja").render(
         **_facts(contents, timings),
-        plots=[
-            {"title": plot.title, "note": plot.note, "div": div}
-            for plot, div in zip(drawn, divs, strict=True)
-        ],
+        plots=figures[: len(of_models)],
+        checkpoint_plots=figures[len(of_models) :],
         bokeh=resources.render() if drawn else "",
         script=script,
         say=say,
@@ -75,6 +80,15 @@ def _facts(contents: Contents, timings: Mapping[str, float]) -> dict[str, Any]:
         "rows": rows,
         "doubts": [doubt for found in rows for doubt in found.doubts],
         "missing": contents.missing,
+        "checkpoints": [
+            {
+                "size": say.size(one.size_bytes),
+                "of_parent": f"{one.size_bytes / one.parent_bytes:.0%}",
+                "line": line(one.name, one.found),
+            }
+            for one in contents.checkpoints
+        ],
+        "parent_engine": _parent_engine(contents),
         "lineage": contents.lineage,
         "timings": timings,
         "recipe": dump_recipe(recipe),
@@ -83,6 +97,23 @@ def _facts(contents: Contents, timings: Mapping[str, float]) -> dict[str, Any]:
         },
         "versions": machine["versions"],
     }
+
+
+def _parent_engine(contents: Contents) -> dict[str, str] | None:
+    """What the parent took beside its checkpoints."""
+    for one in contents.checkpoints:
+        metrics = one.found["metrics"]
+        if metrics and metrics["loads"]:
+            engine, speed = metrics["parent_engine"], metrics["speed"]
+            return {
+                "loaded": say.size(engine["loaded_bytes"]),
+                "peak": say.size(engine["peak_bytes"]),
+                "load": say.duration(engine["load_s"]),
+                "alone": f"{speed['batch_1']['parent_tokens_per_s']['value']:,.0f}",
+                "full": f"{speed['saturation']['parent_tokens_per_s']['value']:,.0f}",
+                "requests": str(speed["saturation"]["requests"]),
+            }
+    return None
 
 
 _METHODS = {

@@ -1,51 +1,35 @@
-"""The page's plots, in Bokeh. Colours that carry no meaning are set by the page, light or dark."""
+"""The page's plots, in Bokeh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.core.properties import value as constant
 from bokeh.models import (
     ColumnDataSource,
     FixedTicker,
     HoverTool,
-    LabelSet,
-    Legend,
     LegendItem,
     NumeralTickFormatter,
     Span,
     Whisker,
 )
-from bokeh.plotting import figure
 
 from tunesmith.report import figures as say
+from tunesmith.report.charts import (
+    COLORS,
+    HEIGHT_PX,
+    Plot,
+    color_of,
+    empty_chart,
+    labels,
+    legend,
+    name_places,
+    plain,
+)
 from tunesmith.report.contents import Contents, Curve, Made, Variant
 from tunesmith.statistics import Interval
-
-COLORS = {
-    "base": "#8b93a1",
-    "adapter": "#9a6fe0",
-    "tuned": "#3b7ddd",
-    "w8a8-int8": "#0fa38f",
-    "w4a16": "#e8852b",
-    "fp8-dynamic": "#d9558a",
-}
-_OTHER_COLOR = "#8b93a1"
-_MUTED = "#808793"  # until the page knows whether it is light or dark
-_HEIGHT_PX = 280
-_FONT = "system-ui, sans-serif"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure and what is said about it."""
-
-    title: str
-    note: str
-    figure: Any
 
 
 def plots(contents: Contents) -> list[Plot]:
@@ -65,14 +49,14 @@ def plots(contents: Contents) -> list[Plot]:
 def _training(training: Curve | None, held_out: Curve | None) -> Plot | None:
     if training is None:
         return None
-    chart = _figure("optimizer step", "loss, nats per token")
+    chart = empty_chart("optimizer step", "loss, nats per token")
     line = chart.line(training.steps, training.losses, line_width=2, color=COLORS["tuned"])
     items = [LegendItem(label="training", renderers=[line])]
     if held_out:
         dots = chart.scatter(held_out.steps, held_out.losses, size=8, color="#e8852b")
         joined = chart.line(held_out.steps, held_out.losses, line_width=2, color="#e8852b")
         items.append(LegendItem(label="held out", renderers=[joined, dots]))
-    chart.add_layout(_legend(items), "above")
+    chart.add_layout(legend(items), "above")
     chart.add_tools(HoverTool(tooltips=[("step", "@x"), ("loss", "@y{0.0000}")]))
     return Plot("Training", "Loss of learnt tokens, on training rows and on held-out rows.", chart)
 
@@ -134,7 +118,7 @@ def _latency(contents: Contents, name: str, title: str, slo_key: str) -> Plot | 
     columns_ms = {variant: column for variant, column in columns_ms.items() if len(column)}
     if not columns_ms:
         return None
-    chart = _figure("milliseconds", "share of requests")
+    chart = empty_chart("milliseconds", "share of requests")
     chart.yaxis.formatter = NumeralTickFormatter(format="0%")
     chart.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 0.95])
     chart.y_range.start, chart.y_range.end = 0, 1.02
@@ -142,7 +126,7 @@ def _latency(contents: Contents, name: str, title: str, slo_key: str) -> Plot | 
     for variant, column_ms in columns_ms.items():
         share = np.arange(1, len(column_ms) + 1) / len(column_ms)
         line = chart.step(
-            column_ms, share, mode="after", line_width=2, color=_color(variant), name=variant
+            column_ms, share, mode="after", line_width=2, color=color_of(variant), name=variant
         )
         items.append(LegendItem(label=variant, renderers=[line]))
     bench = contents.stages.recipe.bench
@@ -156,7 +140,7 @@ def _latency(contents: Contents, name: str, title: str, slo_key: str) -> Plot | 
             Span(location=limit_ms, dimension="height", line_color="#d64545", line_dash="dashed")
         )
     chart.x_range.start = 0
-    chart.add_layout(_legend(items), "above")
+    chart.add_layout(legend(items), "above")
     chart.add_tools(
         HoverTool(tooltips=[("model", "$name"), ("ms", "@x{0.0}"), ("share", "@y{0%}")])
     )
@@ -188,7 +172,7 @@ def _cost(variants: Sequence[Variant]) -> Plot | None:
     ]
     if len(points) < 2:
         return None
-    chart = _figure("USD per million output tokens", "held-out loss against tuned, %")
+    chart = empty_chart("USD per million output tokens", "held-out loss against tuned, %")
     prices = [price for *_, price in points]
     source = ColumnDataSource(
         {
@@ -197,26 +181,13 @@ def _cost(variants: Sequence[Variant]) -> Plot | None:
             "value": [value for _, value, *_ in points],
             "low": [low for _, _, low, *_ in points],
             "high": [high for _, _, _, high, _ in points],
-            "color": [_color(variant.name) for variant, *_ in points],
+            "color": [color_of(variant.name) for variant, *_ in points],
         }
     )
     whisker = Whisker(source=source, base="usd", lower="low", upper="high", dimension="height")
-    chart.add_layout(_plain(whisker))
+    chart.add_layout(plain(whisker))
     chart.scatter("usd", "value", source=source, size=12, color="color")
-    chart.add_layout(
-        LabelSet(
-            x="usd",
-            y="value",
-            text="name",
-            source=source,
-            x_offset=11,
-            y_offset=5,
-            text_font=constant(_FONT),
-            text_font_size="12px",
-            text_color=_MUTED,
-            name="muted",
-        )  # fmt: skip
-    )
+    chart.add_layout(labels(source, "usd", "value"))
     width = max(prices) - min(prices) or max(prices)
     chart.x_range.start = max(0, min(prices) - 0.15 * width)
     chart.x_range.end = max(prices) + 0.35 * width
@@ -255,7 +226,7 @@ def _stages(lineage: Sequence[Made]) -> Plot | None:
     if not made:
         return None
     made = sorted(made, key=lambda manifest: manifest.created_at, reverse=True)
-    chart = _figure("device-seconds", "", height=max(_HEIGHT_PX, 60 + 22 * len(made)))
+    chart = empty_chart("device-seconds", "", height=max(HEIGHT_PX, 60 + 22 * len(made)))
     source = ColumnDataSource(
         {
             "place": list(range(len(made))),
@@ -265,7 +236,7 @@ def _stages(lineage: Sequence[Made]) -> Plot | None:
         }
     )
     chart.hbar("place", height=0.6, left=0, right="seconds", source=source, color=COLORS["tuned"])
-    _name_places(chart, [manifest.label for manifest in made])
+    name_places(chart, [manifest.label for manifest in made])
     chart.x_range.start = 0
     chart.add_tools(
         HoverTool(tooltips=[("made", "@label"), ("seconds", "@seconds{0.0}"), ("USD", "@usd")])
@@ -276,48 +247,11 @@ def _stages(lineage: Sequence[Made]) -> Plot | None:
     return Plot("Where the time went", f"{total_s:,.0f} device-seconds in all{money}.", chart)
 
 
-def _figure(x_label: str, y_label: str, height: int = _HEIGHT_PX) -> Any:
-    """An empty chart in the page's style: no box, no vertical lines, no toolbar."""
-    chart = figure(
-        height=height,
-        sizing_mode="stretch_width",
-        toolbar_location=None,
-        tools="",
-        x_axis_label=x_label,
-        y_axis_label=y_label,
-        background_fill_color=None,
-        border_fill_color=None,
-        outline_line_color=None,
-        min_border_right=14,
-    )
-    chart.xaxis.ticker.desired_num_ticks = 5
-    chart.grid.grid_line_color = _MUTED
-    chart.grid.grid_line_alpha = 0.22
-    chart.axis.axis_line_color = None
-    chart.axis.major_tick_line_color = None
-    chart.axis.minor_tick_line_color = None
-    chart.axis.major_label_text_color = _MUTED
-    chart.axis.axis_label_text_color = _MUTED
-    chart.axis.axis_label_text_font = chart.axis.major_label_text_font = _FONT
-    chart.axis.axis_label_text_font_style = "normal"
-    chart.axis.axis_label_text_font_size = "12px"
-    chart.axis.major_label_text_font_size = "12px"
-    return chart
-
-
 def _by_variant(variants: Sequence[Variant], x_label: str) -> Any:
     """A chart with one line per variant, the first on top."""
-    chart = _figure(x_label, "", height=max(_HEIGHT_PX, 90 + 42 * len(variants)))
-    _name_places(chart, [variant.name for variant in reversed(variants)])
+    chart = empty_chart(x_label, "", height=max(HEIGHT_PX, 90 + 42 * len(variants)))
+    name_places(chart, [variant.name for variant in reversed(variants)])
     return chart
-
-
-def _name_places(chart: Any, names: Sequence[str]) -> None:
-    """Names in place of numbers on the vertical axis."""
-    chart.yaxis.ticker = FixedTicker(ticks=list(range(len(names))))
-    chart.yaxis.major_label_overrides = dict(enumerate(names))
-    chart.y_range.start, chart.y_range.end = -0.6, len(names) - 0.4
-    chart.ygrid.grid_line_color = None
 
 
 def _interval_source(variants: Sequence[Variant], levels: Sequence[Interval]) -> ColumnDataSource:
@@ -325,7 +259,7 @@ def _interval_source(variants: Sequence[Variant], levels: Sequence[Interval]) ->
         {
             "place": list(range(len(variants)))[::-1],
             "name": [variant.name for variant in variants],
-            "color": [_color(variant.name) for variant in variants],
+            "color": [color_of(variant.name) for variant in variants],
             "value": [level.value for level in levels],
             "low": [level.low for level in levels],
             "high": [level.high for level in levels],
@@ -335,31 +269,4 @@ def _interval_source(variants: Sequence[Variant], levels: Sequence[Interval]) ->
 
 def _whisker(source: ColumnDataSource) -> Whisker:
     whisker = Whisker(source=source, base="place", lower="low", upper="high", dimension="width")
-    return _plain(whisker)
-
-
-def _plain(whisker: Whisker) -> Whisker:
-    whisker.line_color = _MUTED
-    whisker.line_width = 2
-    whisker.upper_head = whisker.lower_head = None
-    return whisker
-
-
-def _legend(items: list[LegendItem]) -> Legend:
-    return Legend(
-        items=items,
-        orientation="horizontal",
-        background_fill_color=None,
-        border_line_color=None,
-        label_text_color=_MUTED,
-        label_text_font=_FONT,
-        label_text_font_size="12px",
-        glyph_width=16,
-        margin=0,
-        padding=0,
-        spacing=14,
-    )
-
-
-def _color(name: str) -> str:
-    return COLORS.get(name, _OTHER_COLOR)
+    return plain(whisker)

@@ -18,6 +18,7 @@ from tunesmith.engine import Place, find_places
 from tunesmith.ledger import Artifact, gpu_names
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.batch import digest_batch
+from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
 
 
@@ -82,8 +83,9 @@ def show(result: dict[str, Any]) -> Any:
 def _make(stages: Stages, section: Batch) -> Artifact:
     """Read all rows once to check them, answer those that can be, and write the artifact."""
     draft = stages.batch()
-    spec = batch_spec(stages, section)
     variant, _ = stages.variant(section.model)
+    require_approval(stages, variant)
+    spec = batch_spec(stages, section)
     total = valid = 0
     for row in read_rows(section):
         total += 1

@@ -21,6 +21,7 @@ from tunesmith.config.schema.bench import Bench
 from tunesmith.engine import EngineServer, EngineSpec, engine_spec
 from tunesmith.ledger import Artifact, Work, describe_environment, gpu_names
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
 
 MODES = ("batch", "serve")
@@ -36,6 +37,8 @@ def run(stages: Stages, mode: str = "all") -> dict[str, Any]:
     drafts = {name: stages.bench(name) for name in modes}
     missing = [name for name in modes if stages.store.find(drafts[name].id) is None]
     if missing:
+        for name in stages.benchmarked:
+            require_approval(stages, name)
         specs = {name: engine_spec(stages, name) for name in stages.benchmarked}
         prompts = _prompts(stages)
         with contextlib.ExitStack() as open_works:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.config.schema.evaluate import Evaluate
-from tunesmith.evaluate.heldout import HeldOut, Item, Scored
+from tunesmith.evaluate.heldout import HeldOut, Scored
 from tunesmith.evaluate.metrics import TEXT_METRICS
 from tunesmith.terminal import Bar, progress_bar
 
@@ -25,6 +25,8 @@ class Engine:
 
     max_num_seqs: int
     load_s: float
+    loaded_bytes: int = 0
+    """What loading added to the memory of the process."""
 
 
 def measure(
@@ -33,7 +35,7 @@ def measure(
     """Rows as they are written to `rows.jsonl`, and the seconds that each kind of work took."""
     items = held_out.items
     sequences = [one for item in items for one in item.scored]
-    asked = [item for item in items if item.prompt_ids is not None]
+    asked = {item.id: item.prompt_ids for item in items if item.prompt_ids is not None}
     texts = [task for task in section.tasks if task in TEXT_METRICS]
     wants_loss = "completion_loss" in section.tasks
     total = (len(sequences) if wants_loss else 0) + (len(asked) if texts else 0)
@@ -41,7 +43,11 @@ def measure(
         started_s = time.monotonic()
         losses = _losses(engine, sequences, bar) if wants_loss else []
         scored_s = time.monotonic()
-        answers = _answers(engine, asked, held_out.end_of_turn_id, section, bar) if texts else {}
+        answers = (
+            answers_of(engine, asked, held_out.end_of_turn_id, section.max_tokens, bar)
+            if texts
+            else {}
+        )
         answered_s = time.monotonic()
     per_sequence = iter(losses)
     rows = []
@@ -54,7 +60,7 @@ def measure(
             **answers.get(item.id, {"answer": None, "finish_reason": None}),
             "reference": item.reference,
         }
-        rows.append(row | {task: _text_score(task, row) for task in texts})
+        rows.append(row | {task: text_score(task, row) for task in texts})
     seconds = {
         "completion_loss": round(scored_s - started_s, 3),
         "answers": round(answered_s - scored_s, 3),
@@ -62,7 +68,7 @@ def measure(
     return rows, seconds
 
 
-def _text_score(task: str, row: dict[str, Any]) -> float | None:
+def text_score(task: str, row: dict[str, Any]) -> float | None:
     if row["answer"] is None or row["reference"] is None:
         return None
     return TEXT_METRICS[task](row["answer"], row["reference"])
@@ -74,36 +80,39 @@ def _losses(engine: Engine, sequences: Sequence[Scored], bar: Bar) -> list[float
 
     # The engine reports log-probabilities of a prompt only along with a token after it.
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    outputs = _generate(engine, [one.input_ids for one in sequences], params, bar)
+    outputs = generate(engine, [one.input_ids for one in sequences], params, bar)
     return [
         -sum(output.prompt_logprobs[at][one.input_ids[at]].logprob for at in one.learnt)
         for one, output in zip(sequences, outputs, strict=True)
     ]
 
 
-def _answers(
-    engine: Engine, items: Sequence[Item], end_of_turn_id: int | None, section: Evaluate, bar: Bar
+def answers_of(
+    engine: Engine,
+    prompts: Mapping[str, list[int]],
+    end_of_turn_id: int | None,
+    max_tokens: int,
+    bar: Bar,
 ) -> dict[str, dict[str, str]]:
-    """The greedy answer of each item, by id."""
+    """The greedy answer to each prompt, by its id."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=section.max_tokens,
+        max_tokens=max_tokens,
         stop_token_ids=None if end_of_turn_id is None else [end_of_turn_id],
     )
-    prompts = [item.prompt_ids for item in items if item.prompt_ids is not None]
-    outputs = _generate(engine, prompts, params, bar)
+    outputs = generate(engine, list(prompts.values()), params, bar)
     return {
-        item.id: {
+        name: {
             "answer": output.outputs[0].text,
             "finish_reason": output.outputs[0].finish_reason,
         }
-        for item, output in zip(items, outputs, strict=True)
+        for name, output in zip(prompts, outputs, strict=True)
     }
 
 
-def _generate(engine: Engine, prompts: Sequence[list[int]], params: Any, bar: Bar) -> list[Any]:
+def generate(engine: Engine, prompts: Sequence[list[int]], params: Any, bar: Bar) -> list[Any]:
     """All outputs in order, a few full batches at a time so that progress shows."""
     from vllm import TokensPrompt
 

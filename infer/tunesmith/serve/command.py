@@ -17,6 +17,7 @@ from tunesmith.config.schema.serve import Serve
 from tunesmith.engine import EngineServer, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import require_approval
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
@@ -36,6 +37,7 @@ def run(stages: Stages) -> dict[str, Any]:
     api_key = read_key(section)
     has_gpu_engine()
     variant, draft = stages.variant(section.model)
+    require_approval(stages, variant)
     spec = engine_spec(stages, section.model)
     with bind(section) as listener:
         log_path = stages.store.folder / "serve" / f"engine-{section.port}.log"

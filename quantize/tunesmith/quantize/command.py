@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
+
 from tunesmith.config import UserError
 from tunesmith.config.schemes import has_amx, refusal
 from tunesmith.ledger import Artifact, gpu_capability
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import allow, summary_of
 from tunesmith.quantize.calibration import calibration_of
 from tunesmith.quantize.checkpoint import copy_companions, verify, weight_bytes
 from tunesmith.quantize.compress import compress
 from tunesmith.quantize.modules import Selection
+from tunesmith.quantize.profile import layer_errors
 from tunesmith.quantize.schemes import DEVICES, Method
+from tunesmith.quantize.verification import keep_calibration, verify_in_engine
 from tunesmith.terminal import log, make_table
 
 
 def run(stages: Stages) -> dict[str, Any]:
-    """Make every checkpoint that is not there yet; the result describes all of them."""
+    """Make every checkpoint that is not there yet, and have each compared with its parent.
+
+    Raises GateError, with all of them kept, when one is refused.
+    """
     if not stages.schemes:
         raise UserError(f"{stages.path}: this needs a quantize section")
     checkpoints = {}
@@ -30,11 +38,14 @@ def run(stages: Stages) -> dict[str, Any]:
             "reused": found is not None,
             **artifact.manifest.metrics,
         }
-    return {"checkpoints": checkpoints}
+    allow(stages, verify_in_engine(stages))
+    return {"checkpoints": checkpoints, "fidelity": summary_of(stages)}
 
 
 def show(result: dict[str, Any]) -> Any:
     """One line per checkpoint."""
+    from tunesmith.report.fidelity import fidelity_table
+
     rows = []
     for name, made in result["checkpoints"].items():
         refused = [DEVICES[device] for device, reason in made["devices"].items() if reason]
@@ -51,7 +62,8 @@ def show(result: dict[str, Any]) -> Any:
             )
         )
     columns = ("scheme", "size", "of parent", "quantized / kept", "calibration tokens", "time")
-    return make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
+    table = make_table("Quantized checkpoints", (*columns, "vLLM devices", "artifact"), rows)
+    return Group(table, fidelity_table(result["fidelity"]))
 
 
 def _make(stages: Stages, name: str) -> Artifact:
@@ -79,6 +91,8 @@ def _make(stages: Stages, name: str) -> Artifact:
         )
         copy_companions(parent.root, work.out, recipe.model.chat_template)
         verify(work.out, done.selection)
+        if calibration:
+            keep_calibration(stages, method.name, calibration)
         work.metrics |= {
             "scheme": method.name,
             "algorithm": method.algorithm,
@@ -90,6 +104,7 @@ def _make(stages: Stages, name: str) -> Artifact:
             "whole": done.whole,
             "warnings": done.warnings,
             "devices": method.scheme.devices(),
+            "layers": layer_errors(parent.root, work.out, done.selection.quantized),
             **_modules(done.selection),
         }
     return stages.made(draft)

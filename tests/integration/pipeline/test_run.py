@@ -82,7 +82,7 @@ def test_every_section_leaves_its_artifact_and_the_report(
     path, result = first
     assert set(result["ids"]) == {
         "data", "base", "adapter", "tuned", "w8a8-int8", "eval tuned", "eval w8a8-int8", "batch",
-        "bench batch", "bench serve",
+        "bench batch", "bench serve", "fidelity w8a8-int8",
     }  # fmt: skip
     store = Store(path.parent / ".tunesmith")
     for artifact_id in result["ids"].values():

@@ -22,6 +22,10 @@ VARIANTS = {  # loss against the base's, MiB, output tokens/s
 }
 
 
+ERRORS = {"w8a8-int8": 0.01, "w4a16": 0.11}
+"""Relative errors of weights."""
+
+
 @pytest.fixture
 def stages(tmp_path: Path) -> Stages:
     """Nothing made yet."""
@@ -66,6 +70,8 @@ def make_all(stages: Stages) -> None:
         _write(stages, stages.variants[name], lambda work, name=name: _weights(work, name))
     for name in VARIANTS:
         _write(stages, stages.evaluation(name), lambda work, name=name: _evaluation(work, name))
+    for name in ("w8a8-int8", "w4a16"):
+        _fidelity(stages, name)
     for mode in ("batch", "serve"):
         _bench(stages, mode)
 
@@ -89,7 +95,50 @@ def _training(work: Work) -> None:
 
 
 def _weights(work: Work, name: str) -> None:
-    (work.out / "model.safetensors").write_bytes(bytes(int(VARIANTS[name][1] * 2**20)))
+    size_bytes = int(VARIANTS[name][1] * 2**20)
+    (work.out / "model.safetensors").write_bytes(bytes(size_bytes))
+    if name in ERRORS:
+        source = random.Random(name)
+        work.metrics |= {
+            "bytes": size_bytes,
+            "parent_bytes": int(VARIANTS["tuned"][1] * 2**20),
+            "layers": {
+                f"model.layers.{block}.mlp.{kind}_proj": {
+                    "error": ERRORS[name] * source.uniform(0.9, 1.2),
+                    "worst_row": ERRORS[name] * source.uniform(1.4, 2.0),
+                }
+                for block in range(12)
+                for kind in ("down", "gate", "up")
+            },
+        }
+
+
+def _fidelity(stages: Stages, name: str) -> None:
+    def around(value: float, part: float = 0.1) -> dict[str, float]:
+        return {"value": value, "low": value - part * value, "high": value + part * value}
+
+    error = ERRORS[name]
+    engine = {"load_s": 2.4, "loaded_bytes": 12 << 20, "peak_bytes": 900 << 20, "kernels": ["K"]}
+    speed = {"requests": 64, "parent_tokens_per_s": around(2000.0)}
+    metrics = {
+        "loads": True,
+        "golden": {"asked": 4, "answered": 4, "by_parent": 4},
+        "total": {
+            "loss_increase": around(error / 10),
+            "kl": around(error / 50),
+            "flipped": around(error / 3),
+            "flipped_answers": around(4 * error),
+            "chrf_change": around(-0.4),
+        },
+        "calibration": None,
+        "speed": {
+            "batch_1": speed | {"change": around(0.2)},
+            "saturation": speed | {"change": around(-0.1)},
+        },
+        "engine": engine,
+        "parent_engine": engine,
+    }
+    _write(stages, stages.fidelity(name), lambda work: work.metrics.update(metrics))
 
 
 def _evaluation(work: Work, name: str) -> None:

@@ -54,10 +54,11 @@ def test_the_page_is_whole_and_alone(stages: Stages, make: Make, tmp_path: Path)
     for artifact in (made.artifact for made in gather(stages).lineage):
         assert artifact.id in page.text
     titles = ("Training", "Quality", "Throughput", "Time to first token", "Quality and cost")
+    titles += ("Compressed checkpoints", "Error by layer", "Quality, size and speed")
     for words in (*titles, "train 1 min 20 s", "data made already", "gpu_hour_usd: 0.1"):
         assert words in page.text, words
     assert "Not made" not in page.text
-    assert len(re.findall(r'<div id="[^"]+" data-root-id', path.read_text())) == 7
+    assert len(re.findall(r'<div id="[^"]+" data-root-id', path.read_text())) == 9
 
 
 def test_figures_are_those_of_the_artifacts(stages: Stages, make: Make) -> None:
@@ -77,6 +78,20 @@ def test_figures_are_those_of_the_artifacts(stages: Stages, make: Make) -> None:
     assert rows["tuned"]["TTFT p50 / p95 ms"] == "25.0 / 75.0"
     assert rows["tuned"]["out"] == "0.00833"
     assert rows["base"]["runs"] == "–" and rows["tuned"]["runs"] == "VALID"
+
+
+def test_checkpoints_stand_with_their_figures_and_their_verdict(
+    stages: Stages, make: Make, tmp_path: Path
+) -> None:
+    make(stages)
+    text = Page(write_report(stages, tmp_path / "out", {})).text
+    assert text.count("approved") == 2
+    assert "+1.10 % +0.99 to +1.21 %" in text and "0.0022" in text and "1.20×" in text
+    strict = {"quantize": stages.recipe.quantize.model_copy(update={"max_kl": 0.001})}
+    judged = Stages(stages.recipe.model_copy(update=strict), stages.store, stages.path)
+    text = Page(write_report(judged, tmp_path / "strict", {})).text
+    assert text.count("approved") == 1
+    assert "w4a16: the divergence is 0.0022 nats per token [0.00198, 0.00242]" in text
 
 
 def test_a_doubtful_or_refused_run_is_named(
@@ -107,10 +122,10 @@ def test_lineage_shows_each_artifact_once_under_its_closest_parent(
     make(stages)
     lineage = {made.artifact.manifest.label: made for made in gather(stages).lineage}
     depths = {label: made.depth for label, made in lineage.items()}
-    assert len(lineage) == len(gather(stages).lineage) == 12
+    assert len(lineage) == len(gather(stages).lineage) == 14
     assert depths["base"] == depths["data"] == depths["bench serve"] == 0
     assert (depths["adapter"], depths["tuned"], depths["w4a16"]) == (1, 2, 3)
-    assert depths["eval w4a16"] == 4
+    assert depths["eval w4a16"] == depths["fidelity w4a16"] == 4
     assert lineage["tuned"].others == {"base": stages.base.id}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from tunesmith.config.schema.base import Positive, SchemeName, Section
+from tunesmith.config.schema.base import Fraction, NonNegative, Positive, SchemeName, Section
 from tunesmith.config.schemes import SCHEMES, Algorithm, Scheme
 
 Device = Literal["any", "cpu", "cpu_amx", "sm_80", "sm_89", "sm_90", "sm_100"]
@@ -59,6 +59,26 @@ class Quantize(Section):
     calibration_text: Literal["own", "generic"] | Path = "own"
     """What is calibrated on: the recipe's `own` rows, or as much `generic` English (the topics of
     Python's help) or of a text file, to measure what the own rows are worth."""
+
+    verify_rows: NonNegative = 64
+    """Held-out rows on which each checkpoint is compared with its parent, in the engine; 0 leaves
+    checkpoints unverified."""
+
+    max_loss_increase: Fraction | None = 0.05
+    """Gate: how far the completion loss may rise above the parent's (0.01 is 1 %); no limit when
+    null. Each gate compares the upper bound of the figure's interval: what few rows leave open is
+    not approved."""
+
+    max_kl: Annotated[float, Field(ge=0.0)] | None = 0.1
+    """Gate: Kullback-Leibler divergence of the next-token distributions from the parent's, in nats
+    per learnt token; no limit when null."""
+
+    max_flipped: Fraction | None = None
+    """Gate: share of learnt positions at which the likeliest token is another than the parent's;
+    no limit when null."""
+
+    allow_refused: bool = False
+    """Let serve, batch and bench take a checkpoint that its verification refused."""
 
     @property
     def schemes(self) -> tuple[SchemeName, ...]:
