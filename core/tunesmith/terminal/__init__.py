@@ -3,6 +3,7 @@ everything else to stderr."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,22 @@ def progress_bar(description: str, total: int | None) -> Iterator[Bar]:
     )
     with Progress(*columns, console=_stderr()) as progress:
         yield Bar(progress, description, total)
+
+
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Mute the bars that libraries draw with tqdm, which would break ours."""
+    tqdm = importlib.import_module("tqdm").tqdm
+    make = tqdm.__init__
+
+    def make_muted(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs | {"disable": True})
+
+    tqdm.__init__ = make_muted
+    try:
+        yield
+    finally:
+        tqdm.__init__ = make
 
 
 def _stderr() -> Console:

@@ -21,7 +21,7 @@ from tunesmith.quantize.passes import Batch, NotAChainError
 from tunesmith.quantize.schemes import Method
 from tunesmith.quantize.skeleton import Skeleton, decoder_layers
 from tunesmith.quantize.stream import Stream, why_whole
-from tunesmith.terminal import log, progress_bar
+from tunesmith.terminal import log, progress_bar, without_library_bars
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _quiet(log_path: Path) -> Iterator[list[str]]:
 
         file = logger.add(log_path, level="DEBUG")
         screen = logger.add(notice, level="WARNING", filter=_is_notable)
-        with warnings.catch_warnings(action="ignore"), _without_bars():
+        with warnings.catch_warnings(action="ignore"), without_library_bars():
             yield noticed
         logger.remove(file)
         logger.remove(screen)
@@ -214,19 +214,3 @@ def _quiet(log_path: Path) -> Iterator[list[str]]:
 def _is_notable(record: Any) -> bool:
     """Figures have a level above warnings; that there is no GPU is no news."""
     return record["level"].name != "METRIC" and "accelerator" not in record["message"]
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Mute the bars of the libraries, which would break ours."""
-    tqdm = require("tqdm", "quantize").tqdm
-    make = tqdm.__init__
-
-    def make_muted(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs | {"disable": True})
-
-    tqdm.__init__ = make_muted
-    try:
-        yield
-    finally:
-        tqdm.__init__ = make

@@ -86,4 +86,6 @@ def test_a_model_without_a_list_of_layers_trains_as_it_is() -> None:
         def get_decoder(self) -> torch.nn.Module:
             return self
 
-    keep_small(Odd(2, 2))
+    model = Odd(2, 2)
+    keep_small(model)
+    assert not model._forward_hooks and not model._forward_pre_hooks

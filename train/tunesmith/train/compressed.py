@@ -8,11 +8,8 @@ and gradients pass the rounding as if it were not there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -92,19 +89,6 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     model.is_quantized = False
     model.__dict__.pop("hf_quantizer", None)
     model.config.__dict__.pop("quantization_config", None)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Mute the bars of compressed-tensors, which would break ours."""
-    tqdm = require("tqdm", "train").tqdm
-    make = tqdm.__init__
-
-    def make_muted(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs | {"disable": True})
-
-    with mock.patch.object(tqdm, "__init__", make_muted):
-        yield
 
 
 class _RoundToInt8(torch.autograd.Function):

@@ -18,6 +18,7 @@ from tunesmith.config.errors import ModelError
 from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.base import Dtype
 from tunesmith.config.schema.train import Architecture, Lora
+from tunesmith.terminal import without_library_bars
 from tunesmith.train import compressed
 
 ALL_LINEAR = "all-linear"
@@ -76,7 +77,7 @@ def load_base(
     if is_compressed:
         options = compressed.loading_options(folder)
     try:
-        with compressed.without_bars() if is_compressed else nullcontext():
+        with without_library_bars() if is_compressed else nullcontext():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
