@@ -155,6 +155,7 @@ class Gateway:
     async def _answer(self, request: web.Request, visit: Visit) -> web.StreamResponse:
         url = f"{self._supervisor.server.url}/{visit.path}"
         headers = {name: request.headers[name] for name in _TO_ENGINE if name in request.headers}
+        visit.is_sent = True
         try:
             answer = await self._engine.request(
                 request.method,

@@ -66,6 +66,7 @@ def test_what_was_never_measured_is_in_no_set() -> None:
     ("section", "words"),
     [
         ({"scheme": "auto", "group_size": 64}, "is not for w8a8-int8"),
+        ({"scheme": "auto", "verify_rows": 0}, "judges what it tries"),
         ({"scheme": "auto", "search": {"candidates": ["w5a5"]}}, "candidates"),
         (
             {"scheme": "auto", "search": {"candidates": ["fp8-dynamic"]}, "device": "cpu"},

@@ -264,3 +264,28 @@ async def test_a_whole_answer_that_nobody_waits_for_is_charged_by_its_time() -> 
             await asyncio.sleep(0.05)
         assert lines[1]["is_estimated"] and lines[1]["ending"] == "disconnected"
         assert 1 <= lines[1]["output_tokens"] <= 50
+
+
+@asynchronous
+async def test_who_leaves_before_the_engine_has_it_is_charged_nothing() -> None:
+    """The second request waits for the budget that the first one holds."""
+    upstream, keys = Upstream(pause_s=0.5), []
+
+    def prepare(database: Database) -> None:
+        keys.append(create_key(database, "ann", limits=Limits(tokens_per_day=500))[1])
+
+    async with before(upstream, upstream.answer, keys=True, prepare=prepare) as (served, client):
+        first = asyncio.create_task(client.post("/v1/completions", **ask(keys[0])))
+        await asyncio.sleep(0.1)
+        with pytest.raises(asyncio.TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=0.1)
+            await client.post("/v1/completions", **ask(keys[0]), timeout=timeout)
+        (await first).close()
+        for _ in range(40):
+            if len(lines := served.lines()) == 2:
+                break
+            await asyncio.sleep(0.05)
+        left = next(line for line in lines if line["ending"] == "disconnected")
+        assert left["prompt_tokens"] == left["output_tokens"] == 0
+        (used,) = read_spending(served.database, int(time.time() // 86_400)).values()
+        assert used.tokens == 15 == upstream.made.total()

@@ -195,6 +195,13 @@ class Quantize(Section):
             "calibration_text": self.calibration_text if is_named else "file",
         }
 
+    @field_validator("verify_rows")
+    @classmethod
+    def _a_search_needs_rows(cls, verify_rows: int, info: ValidationInfo) -> int:
+        if info.data.get("scheme") == AUTO and not verify_rows:
+            raise ValueError("scheme: auto judges what it tries on these rows: give some")
+        return verify_rows
+
     @field_validator("recover")
     @classmethod
     def _what_is_recovered_is_made(

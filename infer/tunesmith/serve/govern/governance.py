@@ -42,6 +42,9 @@ class Visit:
     prompt_tokens: int | None = None
     """As counted before it started, where a limit asked for it."""
 
+    is_sent: bool = False
+    """Whether the engine has it."""
+
     usage: Usage = field(default_factory=Usage)
     status: int = 0
     ending: Ending = "disconnected"
@@ -170,10 +173,13 @@ class Governance:
                 per_token_s = duration_s / usage.output_tokens
                 self._fastest_token_s = min(self._fastest_token_s, per_token_s)
             return usage, False
-        if visit.status or visit.ending != "disconnected" or not visit.ask.fields:
+        is_left = visit.is_sent and not visit.status and visit.ending == "disconnected"
+        if not is_left or not visit.ask.fields:
             return usage, False
         prompt = visit.prompt_tokens
         usage.prompt_tokens = self._measure.prompt_tokens(visit.ask) if prompt is None else prompt
+        if visit.ask.is_stream:  # nothing was made yet, or the engine would have said so
+            return usage, True
         reserved = visit.grant.need.tokens - usage.prompt_tokens if visit.grant else 0
         most = visit.ask.most_output_tokens or max(0, reserved)
         usage.output_tokens = min(most, math.ceil(duration_s / self._fastest_token_s))
