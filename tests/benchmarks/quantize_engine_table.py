@@ -27,7 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: {} for name in SCHEMES},
     "w4a16 asymmetric": {"symmetric": False},
     "w4a16 awq": {"algorithm": "awq"},
-    "w4a16 autoround": {"algorithm": "autoround"},
     "w4a16 spinquant": {"rotation": "spinquant"},
     "w8a8-int8 smoothquant": {"smoothquant": 0.5},
     "w8a8-int8 kv fp8": {"kv_cache": "fp8"},

@@ -48,7 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
     "w4a16 groups of 32": {"group_size": 32},
     "w4a16 rtn": {"algorithm": "rtn"},
     "w4a16 awq": {"algorithm": "awq"},
-    "w4a16 autoround": {"algorithm": "autoround"},
     "w4a16 spinquant": {"rotation": "spinquant"},
     "w3a16 spinquant": {"rotation": "spinquant"},
     "w2a16 spinquant": {"rotation": "spinquant"},

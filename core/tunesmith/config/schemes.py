@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Algorithm = Literal["gptq", "rtn", "awq", "autoround"]
+Algorithm = Literal["gptq", "rtn", "awq"]
 
 DEVICES = {
     "cpu": "CPU",
@@ -57,7 +57,7 @@ class Scheme:
 
     algorithms: tuple[Algorithm, ...] = ("gptq", "rtn")
     """How its weights can be chosen, best first: by what activations they meet in calibration
-    (`gptq`, `awq`, `autoround`), or each to the nearest value (`rtn`), which needs no data."""
+    (`gptq`, `awq`), or each to the nearest value (`rtn`), which needs no data."""
 
     asymmetric: bool = False
     """Whether groups may have a zero point as well."""
@@ -186,7 +186,7 @@ _INTEGER_CPUS = _on_cpus("vLLM's CPU kernel for integer weights alone takes 4 bi
 _FLOAT_CPUS = _on_cpus("vLLM has no kernel for 4-bit floats on CPUs")
 _WEIGHTS_ALONE = "activations in 16 bits: these GPUs have no units for this format"
 _GROUPS = (128, 64, 32)
-_CHOSEN: tuple[Algorithm, ...] = ("gptq", "rtn", "awq", "autoround")
+_CHOSEN: tuple[Algorithm, ...] = ("gptq", "rtn", "awq")
 
 SCHEMES = {
     scheme.name: scheme

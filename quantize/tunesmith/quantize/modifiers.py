@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tunesmith.config import require
 from tunesmith.quantize.modules import Selection
 from tunesmith.quantize.schemes import Method
 
@@ -41,17 +40,8 @@ def _quantizer(method: Method, settings: dict[str, Any]) -> Any:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    match method.algorithm:
-        case "gptq":
-            return GPTQModifier(**settings)
-        case "autoround":
-            require("auto_round", "quantize")
-            from llmcompressor.modifiers.autoround import AutoRoundModifier
-
-            return AutoRoundModifier(**settings, enable_torch_compile=False)
-        case _:
-            # AWQ has scaled the weights so that rounding each to the nearest is good enough.
-            return QuantizationModifier(**settings)
+    # AWQ has scaled the weights so that rounding each to the nearest is good enough.
+    return (GPTQModifier if method.algorithm == "gptq" else QuantizationModifier)(**settings)
 
 
 def _group(method: Method, group_size: int | None) -> Any:

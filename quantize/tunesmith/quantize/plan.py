@@ -29,8 +29,6 @@ _COLUMN_S, _PASS_S = 4e-4, 2e-3
 _SHARE = 0.4
 """Of what large matrix products reach: an assumption, as in training."""
 
-_BY_LAYER = frozenset({"gptq", "awq", "rtn"})
-
 
 @dataclass(frozen=True)
 class Work:
@@ -72,7 +70,7 @@ class Work:
             lengths=lengths,
             heads=skeleton.model.config.get_text_config().num_attention_heads,
             algorithm=method.algorithm,
-            whole=bool(method.rotation) or method.algorithm not in _BY_LAYER,
+            whole=bool(method.rotation),
             itemsize=next(skeleton.model.parameters()).itemsize,
         )
 

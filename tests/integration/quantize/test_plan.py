@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -36,6 +37,13 @@ def test_a_plan_counts_the_texts_and_says_what_is_held(
     assert "fp8-dynamic" in console.export_text()
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "gptq": {"algorithm": "gptq"},
+    "rtn": {"algorithm": "rtn"},
+    "rotated": {"rotation": "spinquant"},
+}
+
+
 def test_memory_does_not_grow_with_depth_unless_the_whole_model_is_held(
     tmp_path: Path, model_of: Callable[..., Path]
 ) -> None:
@@ -43,11 +51,11 @@ def test_memory_does_not_grow_with_depth_unless_the_whole_model_is_held(
     for depth in (2, 8):
         folder = model_of(tmp_path / str(depth), "llama", num_hidden_layers=depth)
         skeleton = Skeleton.of(folder, "bfloat16", False)
-        for algorithm in ("gptq", "rtn", "autoround"):
-            asked = Quantize(scheme="w4a16", algorithm=algorithm)
+        for way, keys in WAYS.items():
+            asked = Quantize(scheme="w4a16", **keys)
             work = Work.of(skeleton, Method.of(asked, "w4a16"), (64, 32))
-            peaks[algorithm, depth] = sum(work.parts_bytes().values())
+            peaks[way, depth] = sum(work.parts_bytes().values())
             layer_bytes = work.layer_bytes
-    for algorithm in ("gptq", "rtn"):
-        assert peaks[algorithm, 2] == peaks[algorithm, 8]
-    assert peaks["autoround", 8] - peaks["autoround", 2] == 6 * layer_bytes
+    for way in ("gptq", "rtn"):
+        assert peaks[way, 2] == peaks[way, 8]
+    assert peaks["rotated", 8] - peaks["rotated", 2] == 6 * layer_bytes

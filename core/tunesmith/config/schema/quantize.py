@@ -79,7 +79,7 @@ class Quantize(Section):
     more than a warning."""
 
     algorithm: Algorithm | None = None
-    """How weights are chosen: `gptq`, `awq` and `autoround` fit them to the activations of the
+    """How weights are chosen: `gptq` and `awq` fit them to the activations of the
     calibration, `rtn` rounds each to the nearest. When null `gptq`, and `rtn` for the FP8
     schemes."""
 
