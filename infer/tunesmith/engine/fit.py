@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,37 @@ def check_device(model: Path, dtype: str, *, gpu: bool) -> None:
 
 def refused_here(model: Path, dtype: str, *, gpu: bool) -> str | None:
     """Why vLLM cannot run a model on this machine; None when it can."""
-    capability = gpu_capability() if gpu else None
-    for scheme in schemes_in(_read(model / "config.json").get("quantization_config") or {}):
+    capability, config = gpu_capability() if gpu else None, _read(model / "config.json")
+    for scheme in schemes_in(config.get("quantization_config") or {}):
         if reason := refusal(scheme.devices(), capability, has_amx=has_amx()):
             return f"{scheme.name}: {reason}"
-        if scheme.name == "w8a8-int8" and dtype == "float32" and not gpu and has_amx():
-            return (
-                f"{scheme.name}: on a CPU with AMX, vLLM's kernel takes activations in 16 bits "
-                "alone: set model.dtype: bfloat16"
-            )
+        on_amx = scheme.name == "w8a8-int8" and not gpu and has_amx()
+        if on_amx and (reason := _refused_by_amx(dtype, config.get("architectures") or [])):
+            return f"{scheme.name}: on a CPU with AMX, vLLM's kernel takes {reason}"
     return None
+
+
+def _refused_by_amx(dtype: str, architectures: list[str]) -> str | None:
+    """What the INT8 kernel for such CPUs stops on, at the first pass (vLLM 0.32)."""
+    if dtype == "float32":
+        return "activations in 16 bits alone: set model.dtype: bfloat16"
+    if through := [one for one in architectures if _runs_through_transformers(one)]:
+        return (
+            "two-dimensional activations alone, and transformers' own code, by which vLLM runs "
+            f"{through[0]}, gives it others: use w4a16, or a CPU without AMX"
+        )
+    return None
+
+
+def _runs_through_transformers(architecture: str) -> bool:
+    """Whether vLLM has no model of its own for it; read from its list, which takes seconds to
+    import."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return False
+    models = Path(found.submodule_search_locations[0], "model_executor", "models", "registry.py")
+    entry = re.search(rf'"{re.escape(architecture)}": \(\s*"(\w+)"', models.read_text("utf-8"))
+    return entry is None or entry[1] == "transformers"
 
 
 def check_adapter(model: Path, adapter: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tunesmith.config.schemes import has_amx
 from tunesmith.ledger import Store
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,12 +37,14 @@ def test_the_whole_way(
     base = model_of(tmp_path / "base", architecture, **changes)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 3 plus 3?"}\n' * 3)
+    # vLLM runs Phi through transformers, which its INT8 kernel for CPUs with AMX does not take.
+    scheme = "w4a16" if family == "phi" and has_amx() else "w8a8-int8"
     recipe = {
         "name": family,
         "model": {"base": str(base), "dtype": "bfloat16"},
         "data": {"train": "rows.jsonl", "max_length": 96, "evaluation_fraction": 0.2},
         "train": {"method": "lora", "lora": {"r": 4}, "max_steps": 8, "learning_rate": 1.0e-2},
-        "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8, "verify_rows": 0},
+        "quantize": {"scheme": scheme, "calibration_rows": 8, "verify_rows": 0},
         "engine": {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_gib": 0.1},
         "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
     }
@@ -57,4 +60,4 @@ def test_the_whole_way(
     ids = json.loads(done.stdout)["ids"]
     trained = store.get(ids["adapter"]).manifest.metrics
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
-    assert store.get(ids["batch"]).manifest.parents["model"] == ids["w8a8-int8"]
+    assert store.get(ids["batch"]).manifest.parents["model"] == ids[scheme]

@@ -46,7 +46,7 @@ def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]]) -> Path:
             "save_steps": 3,
             "per_device_train_batch_size": 4,
         },
-        "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8},
+        "quantize": {"scheme": "w8a8-int8", "calibration_rows": 8, "verify_rows": 8},
         "evaluate": {"variants": ["tuned", "w8a8-int8"], "max_rows": 6, "max_tokens": 8},
         "engine": {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 0.25},
         "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},

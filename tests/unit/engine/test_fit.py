@@ -8,6 +8,7 @@ import pytest
 
 from tunesmith.config import ModelError
 from tunesmith.config.schemes import SCHEMES
+from tunesmith.engine import fit
 from tunesmith.engine.fit import check_adapter, check_device
 
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
@@ -24,16 +25,46 @@ def test_a_checkpoint_that_would_fail_on_a_cpu_is_refused_before_it_is_loaded(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ModelError, match=r"nvfp4a16: .*runs on Ampere .*nearest here: w4a16"):
-        check_device(model(tmp_path, WEIGHTS), gpu=False)
+        check_device(model(tmp_path, WEIGHTS), "bfloat16", gpu=False)
 
 
 def test_others_are_left_to_vllm(tmp_path: Path) -> None:
-    check_device(tmp_path, gpu=False)
-    check_device(model(tmp_path, None), gpu=False)
-    check_device(model(tmp_path, WEIGHTS | {"type": "int", "num_bits": 5}), gpu=False)
+    check_device(tmp_path, "bfloat16", gpu=False)
+    check_device(model(tmp_path, None), "bfloat16", gpu=False)
+    check_device(model(tmp_path, WEIGHTS | {"type": "int", "num_bits": 5}), "bfloat16", gpu=False)
     runs = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}
     assert "cpu" not in SCHEMES["w4a16"].refused_by
-    check_device(model(tmp_path, runs), gpu=False)
+    check_device(model(tmp_path, runs), "bfloat16", gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "words"),
+    [
+        ("float32", "LlamaForCausalLM", "set model.dtype: bfloat16"),
+        ("bfloat16", "PhiForCausalLM", "runs PhiForCausalLM, gives it others: use w4a16"),
+        ("bfloat16", "LlamaForCausalLM", None),
+    ],
+)
+def test_what_the_int8_kernel_of_amx_would_stop_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    architecture: str,
+    words: str | None,
+) -> None:
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    activations = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    groups = {"weights": {"weights": weights, "input_activations": activations}}
+    config = {
+        "architectures": [architecture],
+        "quantization_config": {"config_groups": groups, "format": "int-quantized"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(fit, "has_amx", lambda: True)
+    found = fit.refused_here(tmp_path, dtype, gpu=False)
+    assert (words in found) if words and found else found is words
+    monkeypatch.setattr(fit, "has_amx", lambda: False)
+    assert fit.refused_here(tmp_path, dtype, gpu=False) is None
 
 
 def test_an_adapter_of_the_parent_does_not_fit_where_activations_were_changed(
