@@ -64,7 +64,7 @@ class Bar:
         """How long the rest takes if it goes on as it did."""
         if not self._total or not self._done:
             return ""
-        left_s = (self._printed_s - self._started_s) * (self._total - self._done) / self._done
+        left_s = (self._printed_s - self._started_s) * max(0, self._total - self._done) / self._done
         return f"({timedelta(seconds=round(left_s))} left)"
 
 

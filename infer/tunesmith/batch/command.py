@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from tunesmith.batch.cluster import Share, connect
@@ -106,6 +107,9 @@ def _make(stages: Stages, section: Batch) -> Artifact:
                 f"batch.input: {section.input} changed while it was read; leave it as it is and "
                 "run the same command again"
             )
+        if shards.restarts:  # the errors of rows name these files, and the scratch folder goes
+            for path in work.scratch.glob("engine-*.log"):
+                shutil.copyfile(path, work.out / path.name)
         seconds, tokens = shards.seconds, totals.output_tokens
         work.metrics |= {
             "variant": variant,

@@ -129,6 +129,7 @@ def test_a_row_that_kills_the_engine_is_set_aside_and_equal_rows_are_computed_on
     assert [row["id"] for row in made if row["error"]] == [50]
     assert made[50]["error"]["type"] == "engine_crashed"
     assert "killed, or left no reason" in made[50]["error"]["detail"]
+    assert Path(result["errors_file"]).with_name("engine-0.log").is_file()
     assert all(made[at]["answer"] == made[at - 80]["answer"] for at in range(100, 120))
     assert result["deduplicated_rows"] == 20 and result["restarts"] == 3
     assert result["usd"] == pytest.approx(result["generation_s"] * 0.001, abs=1e-6)
