@@ -26,6 +26,9 @@ _FLOAT_BYTES = 4
 _COLUMN_S, _PASS_S = 4e-4, 2e-3
 """Steps of Python, whatever the size: for a column of a matrix, and a text through a layer."""
 
+_DISK_BYTES_PER_S = 1e9
+"""An assumption, too."""
+
 _SHARE = 0.4
 """Of what large matrix products reach: an assumption, as in training."""
 
@@ -110,10 +113,11 @@ class Work:
         return self.layers * per_layer
 
     def steps_s(self) -> float:
-        """Time that does not depend on size."""
+        """Time that products do not take: steps of Python, and reading and writing."""
         columns = sum(columns for _, columns in self.shapes.values())
         fitted_s = columns * _COLUMN_S if self.algorithm == "gptq" else 0.0
-        return self.layers * (fitted_s + 2 * len(self.lengths) * _PASS_S)
+        moved_s = 2 * self.layer_bytes / _DISK_BYTES_PER_S
+        return self.layers * (moved_s + fitted_s + 2 * len(self.lengths) * _PASS_S)
 
 
 def run(stages: Stages, tflops: float | None = None) -> list[dict[str, Any]]:
@@ -147,7 +151,7 @@ def run(stages: Stages, tflops: float | None = None) -> list[dict[str, Any]]:
                 "calibration_tokens": sum(lengths) if texts else None,
                 "parts_gib": {part: round(size / 2**30, 4) for part, size in parts.items()},
                 "peak_gib": round(sum(parts.values()) / 2**30, 4),
-                "hours": round(seconds / 3600, 6),
+                "hours": round(seconds / 3600, 9),
             }
         )
     return found

@@ -19,8 +19,6 @@ from tunesmith.config.schema.train import Train
 
 _FORMAT = "compressed-tensors"
 _INT8_LARGEST = 127.0
-_FP8 = torch.float8_e4m3fn
-_FP8_LARGEST = torch.finfo(_FP8).max
 
 
 def is_compressed(folder: Path) -> bool:
@@ -105,34 +103,19 @@ class _RoundToInt8(torch.autograd.Function):
         return gradients[0]
 
 
-class _RoundToFp8(torch.autograd.Function):
-    """The same in 8-bit floats."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        exact = value.float()
-        scale = exact.abs().amax(-1, keepdim=True).clamp(min=1e-10) / _FP8_LARGEST
-        return ((exact / scale).to(_FP8).float() * scale).to(value.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
 def _rounding(name: str, scheme: Any) -> Any:
     """A hook that rounds a layer's inputs as serving does; None where it does not."""
     given = scheme.input_activations
     if given is None:
         return None
     by_token = given.strategy == "token" and given.dynamic is True and given.symmetric
-    if not by_token or given.num_bits != 8:
+    if not by_token or given.num_bits != 8 or given.type != "int":
         raise ModelError(
-            f"{name}: its activations are rounded to {given.num_bits} bits by {given.strategy}, "
-            "which training does not compute with; train over w8a8-int8, fp8-dynamic or a scheme "
-            "that rounds weights alone"
+            f"{name}: its activations are rounded to {given.num_bits}-bit {given.type} by "
+            f"{given.strategy}, which training does not compute with; train over w8a8-int8 or a "
+            "scheme that rounds weights alone"
         )
-    kind = _RoundToInt8 if given.type == "int" else _RoundToFp8
-    return lambda _layer, inputs: (kind.apply(inputs[0]), *inputs[1:])
+    return lambda _layer, inputs: (_RoundToInt8.apply(inputs[0]), *inputs[1:])
 
 
 def _settings(folder: Path) -> dict[str, Any]:
