@@ -33,6 +33,13 @@ _REST_BYTES = 2**28
 _DECIDING = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
+def _has_windows(config: Any) -> bool:
+    """Whether a layer sees only the tokens near it; of Mistral it is taken for granted."""
+    if kinds := getattr(config, "layer_types", None):
+        return "sliding_attention" in kinds or config.model_type == "mistral"
+    return config.model_type == "mistral" or getattr(config, "sliding_window", None) is not None
+
+
 def why_whole(skeleton: Skeleton, selection: Selection, modifiers: Sequence[Any]) -> str | None:
     """Why this work needs the whole model in memory; None when it can go layer by layer."""
     from compressed_tensors.registry import standardize_lookup_name
@@ -47,6 +54,8 @@ def why_whole(skeleton: Skeleton, selection: Selection, modifiers: Sequence[Any]
         return f"{outside[0]} is outside the decoder layers"
     if difference := skeleton.differs():
         return difference
+    if _has_windows(skeleton.model.config):
+        return "its attention has a sliding window, whose masks are not proven layer by layer"
     if get_non_linearized_moes(skeleton.model):
         return "its experts are stored as one tensor"
     found = {standardize_lookup_name(type(module).__name__) for module in skeleton.model.modules()}
