@@ -33,6 +33,9 @@ class Upstream:
     url: str = ""
     is_ready: bool = True
     pause_s: float = 0.0
+    lingers_s: float = 0.0
+    """Between the last event of a stream and its end."""
+
     made: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -60,6 +63,7 @@ class Upstream:
             event = json.dumps({"id": "c-1", **self.choice(), **self.usage(count)})
             await response.write(f"data: {event}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
+        await asyncio.sleep(self.lingers_s)
         return response
 
     @staticmethod
@@ -289,3 +293,19 @@ async def test_who_leaves_before_the_engine_has_it_is_charged_nothing() -> None:
         assert left["prompt_tokens"] == left["output_tokens"] == 0
         (used,) = read_spending(served.database, int(time.time() // 86_400)).values()
         assert used.tokens == 15 == upstream.made.total()
+
+
+@asynchronous
+async def test_who_leaves_after_the_end_of_a_stream_has_had_all_of_it() -> None:
+    upstream = Upstream()
+    upstream.lingers_s = 0.5
+    async with before(upstream, upstream.answer) as (served, client):
+        async with client.post("/v1/completions", **ask(stream=True)) as response:
+            await response.content.readuntil(b"[DONE]\n\n")
+            response.close()
+        for _ in range(40):
+            if lines := served.lines():
+                break
+            await asyncio.sleep(0.05)
+        assert (lines[0]["ending"], lines[0]["status"]) == ("complete", 200)
+        assert lines[0]["output_tokens"] == 5

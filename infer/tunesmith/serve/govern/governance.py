@@ -128,6 +128,8 @@ class Governance:
 
     def _close(self, visit: Visit) -> None:
         duration_s = time.perf_counter() - visit.started_s
+        if visit.ending == "disconnected" and visit.usage.is_done:
+            visit.status, visit.ending = 200, "error" if visit.usage.error else "complete"
         usage, is_estimated = self._final_usage(visit, duration_s)
         used = self._use(usage.prompt_tokens, usage.output_tokens)
         days = {}

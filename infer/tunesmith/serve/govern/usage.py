@@ -93,6 +93,9 @@ class Usage:
     error: bool = False
     """Whether the stream told of an error."""
 
+    is_done: bool = False
+    """Whether the stream came to its end; clients may leave as soon as they have read that."""
+
     def note(self, answer: dict[str, Any]) -> None:
         """Take over what one JSON object of the engine says."""
         self.error = self.error or "error" in answer and answer["error"] is not None
@@ -134,6 +137,8 @@ class EventReader:
         whole = event + b"\n\n"
         _, found, payload = event.partition(_DATA)
         payload = payload.strip()
+        if payload == _DONE:
+            self._usage.is_done = True
         if not found or payload == _DONE:
             return whole
         try:
