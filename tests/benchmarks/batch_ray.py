@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "support"), str(TESTS / "integration")]
+sys.path.insert(0, str(TESTS / "support"))
 
-from conftest import make_model  # noqa: E402
 from ray_nodes import TwoNodes, two_nodes  # noqa: E402
+from tiny import make_model  # noqa: E402
 
 from tunesmith.ledger import describe_environment  # noqa: E402
 

@@ -163,7 +163,7 @@ def _seeking(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
             found = TokenRows(folder)
             order = Order(found.lengths, rows_per_step, 17)
             step = int(draw.integers(3 * order.steps_per_epoch))
-            sum(int(found[int(at)].input_ids.sum()) for at in order.rows(step))
+            sum(int(found[int(at)].input_ids.sum()) for at in order.groups(step))
             taken = seconds.setdefault(f"{rows_per_step} rows per step", [])
             taken.append(round(time.perf_counter() - started, 4))
     return {"rows": rows, "tokens": int(lengths.sum()), "seconds": seconds}

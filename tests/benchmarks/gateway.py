@@ -99,7 +99,7 @@ def _compare(
     ]
 
     def median(figure: str, name: str) -> float:
-        return statistics.median(one[name][figure] for one in rounds)
+        return float(statistics.median(one[name][figure] for one in rounds))
 
     ratios = [one["gateway"]["per_s"] / one["direct"]["per_s"] for one in rounds]
     return {

@@ -100,7 +100,8 @@ def _cell(options: argparse.Namespace, model: Path, adapter: Path | None = None)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"outcome": f"exit code {done.returncode}", "stderr": done.stderr[-500:]}
-    return json.loads(lines[-1]) | {"seconds": seconds}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"seconds": seconds}
 
 
 def _load(options: argparse.Namespace) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _held_out(stages: Stages, model: Path, count: int) -> list[Any]:
         model,
         chat_template=None,
         max_length=data.max_length,
-        max_model_len=stages.recipe.engine.max_model_len,
+        max_model_len=stages.recipe.engine.max_model_len or data.max_length,
         max_tokens=1,
     ).items
 

@@ -70,7 +70,7 @@ def main() -> None:
 def measure_time(scratch: Path, rounds: int) -> dict[str, Any]:
     """In turns, in one process: loading, quantizing and saving, from the same folder."""
     parent = make_model(scratch / "tiny", TINY)
-    schemes = {}
+    schemes: dict[str, dict[str, Any]] = {}
     for scheme in ("w4a16", "w8a8-int8", "fp8-dynamic"):
         seconds: dict[str, list[float]] = {"layers": [], "whole": []}
         for at in range(rounds + 1):

@@ -25,7 +25,7 @@ LORA = Train(method="lora", lora=Lora(r=8))
 def _model(device: torch.device, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = random_model(shape_config("tiny", LENGTH), torch.bfloat16, device)
-    model = make_ready(model, LORA.model_copy(update=changes))
+    model = make_ready(model, LORA.model_copy(update=changes), base=None)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if ".lora_B." in name:
