@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -16,6 +18,7 @@ from aiohttp.test_utils import TestServer
 from sqlalchemy.engine import Engine
 
 from tunesmith.config.schema.serve import Serve
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.archive import read_log
 from tunesmith.serve.govern.database import open_gateway, requests
@@ -43,6 +46,28 @@ class Served:
         names = [column.name for column in requests.columns]
         found: list[dict[str, Any]] = read_log(self.database, self.folder, names).to_pylist()
         return found
+
+
+@asynccontextmanager
+async def listening(
+    gateway: Gateway, *, head_timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """The port of a gateway behind the connections that `tunesmith serve` uses."""
+    runner = web.AppRunner(gateway.app(), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    listener = socket.create_server(("127.0.0.1", 0))
+    site = Site(
+        runner,
+        listener,
+        head_timeout_s=head_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    )
+    await site.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        await runner.cleanup()
 
 
 @asynccontextmanager

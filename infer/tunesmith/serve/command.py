@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -18,13 +19,14 @@ from tunesmith.engine import EngineServer, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
 from tunesmith.serve.govern.measure import Measure
 from tunesmith.serve.govern.price import find_price
-from tunesmith.serve.listen import bind, read_key, url_of
+from tunesmith.serve.listen import bind, read_key, tls_context, url_of
 from tunesmith.serve.supervisor import Supervisor
 from tunesmith.terminal import log, make_table
 
@@ -35,6 +37,7 @@ def run(stages: Stages) -> dict[str, Any]:
     if section is None:
         raise UserError(f"{stages.path}: this needs a serve section")
     api_key = read_key(section)
+    tls = tls_context(section)
     has_gpu_engine()
     variant, draft = stages.variant(section.model)
     require_approval(stages, variant)
@@ -67,7 +70,7 @@ def run(stages: Stages) -> dict[str, Any]:
                 asks_keys=section.keys,
                 max_open_requests=section.max_open_requests,
             )
-            asyncio.run(_serve(section, listener, supervisor, gateway))
+            asyncio.run(_serve(section, listener, tls, supervisor, gateway))
     return {
         "id": draft.id,
         "variant": variant,
@@ -94,7 +97,11 @@ def show(result: dict[str, Any]) -> Any:
 
 
 async def _serve(
-    section: Serve, listener: socket.socket, supervisor: Supervisor, gateway: Gateway
+    section: Serve,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    supervisor: Supervisor,
+    gateway: Gateway,
 ) -> None:
     """Answer until the first SIGINT or SIGTERM, then drain; a second one cuts the drain short.
 
@@ -112,7 +119,13 @@ async def _serve(
         gateway.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
-    await web.SockSite(runner, listener).start()
+    await Site(
+        runner,
+        listener,
+        head_timeout_s=section.read_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    ).start()
     engine = supervisor.start()
     try:
         await _first(engine, supervisor.became_ready.wait(), stop.wait())

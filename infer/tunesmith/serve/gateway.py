@@ -13,17 +13,20 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 from aiohttp import web
 
-from tunesmith.serve.errors import ApiError, shape_errors
+from tunesmith.serve.errors import SERVER, ApiError, shape_errors
+from tunesmith.serve.front.intake import check_body, check_path, read_body
+from tunesmith.serve.front.openapi import document
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.keys import Key
 from tunesmith.serve.govern.usage import Ask, read_ask
 from tunesmith.serve.relay import RETRY_AFTER_S, lost, relay
 from tunesmith.serve.supervisor import Supervisor
 
-_LARGEST_BODY_BYTES = 32 * 2**20
+_MIB = 2**20
 _TO_ENGINE = ("Content-Type", "Accept")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _RELOAD_INTERVAL_S = 0.5
+_VISIT = web.RequestKey("visit", Visit)
 
 
 class Gateway:
@@ -41,7 +44,7 @@ class Gateway:
         max_open_requests: int = 0,
     ) -> None:
         self._supervisor = supervisor
-        self._governance = governance
+        self.governance = governance
         self._model_name = model_name
         self._artifact_id = artifact_id
         self._api_key = api_key.encode() if api_key else None
@@ -59,10 +62,15 @@ class Gateway:
 
     def app(self) -> web.Application:
         """The routes; everything else is an error in OpenAI's shape."""
-        app = web.Application(middlewares=[shape_errors], client_max_size=_LARGEST_BODY_BYTES)
+        section = self.governance.section
+        app = web.Application(
+            middlewares=[shape_errors(self._refused)],
+            client_max_size=section.max_body_mib * _MIB,
+        )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
@@ -95,7 +103,7 @@ class Gateway:
         async def reload() -> None:
             while True:
                 await asyncio.sleep(_RELOAD_INTERVAL_S)
-                await asyncio.to_thread(self._governance.reload)
+                await asyncio.to_thread(self.governance.reload)
 
         task = asyncio.create_task(reload()) if self._asks_keys else None
         yield
@@ -104,6 +112,17 @@ class Gateway:
 
     async def _name_artifact(self, _request: web.Request, response: web.StreamResponse) -> None:
         response.headers["x-tunesmith-artifact"] = self._artifact_id
+        response.headers["Server"] = SERVER
+        response.headers["X-Content-Type-Options"] = "nosniff"
+
+    def _refused(self, request: web.Request, status: int) -> None:
+        """Log what was refused before it became a visit, which logs itself."""
+        if _VISIT not in request:
+            self.governance.refused(request.method, request.path, status)
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        """What this server offers, for tools that read it; it tells nothing of the model."""
+        return web.json_response(document())
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         """Whether this process answers."""
@@ -118,7 +137,7 @@ class Gateway:
         """For Prometheus, which can be given a key to send."""
         self._caller(request)
         is_ready = self._supervisor.is_ready and not self._is_draining
-        text = self._governance.metrics.text(open_requests=self._open, is_ready=is_ready)
+        text = self.governance.metrics.text(open_requests=self._open, is_ready=is_ready)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -142,14 +161,18 @@ class Gateway:
         given = request.headers.get("X-Request-Id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         visit = Visit(request_id, request.method, request.match_info["path"], None, Ask(b""))
-        with self._governance.visit(visit):
+        request[_VISIT] = visit
+        with self.governance.visit(visit):
+            check_path(visit.path)
             visit.key = self._caller(request)
             self._check_ready()
             self._check_room()
             with self._counted():
-                visit.ask = read_ask(visit.path, await request.read())
+                timeout_s = self.governance.section.read_timeout_s
+                visit.ask = read_ask(visit.path, await read_body(request, timeout_s))
+                check_body(visit.path, visit.ask)
                 if visit.key:
-                    await self._governance.admit(visit, await self._model_len())
+                    await self.governance.admit(visit, await self._model_len())
                 return await self._answer(request, visit)
 
     async def _answer(self, request: web.Request, visit: Visit) -> web.StreamResponse:
@@ -167,7 +190,7 @@ class Gateway:
         except aiohttp.ClientError:
             return lost(visit)
         async with answer:
-            return await relay(request, answer, visit, keep=self._governance.keeps_payload)
+            return await relay(request, answer, visit, keep=self.governance.keeps_payload)
 
     async def _model_len(self) -> int:
         """The longest prompt and answer together, as the engine says; it is asked once."""
@@ -188,7 +211,7 @@ class Gateway:
                 text.encode("utf-8", "replace"), self._api_key
             ):
                 return None
-            if self._asks_keys and (key := self._governance.find(text)):
+            if self._asks_keys and (key := self.governance.find(text)):
                 return key
         message = "a wrong API key, or none; send it as: Authorization: Bearer KEY"
         raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})

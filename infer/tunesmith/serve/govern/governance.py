@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -69,7 +70,7 @@ class Governance:
         self.journal = journal
         self.metrics = Metrics(journal)
         self.price = price
-        self._section, self._engine, self._measure = section, engine, measure
+        self.section, self._engine, self._measure = section, engine, measure
         self._artifact_id = artifact_id
         self._book = read_book(engine)
         day = int(time.time() // _DAY_S)
@@ -126,6 +127,12 @@ class Governance:
         finally:
             self._close(visit)
 
+    def refused(self, method: str, path: str, status: int) -> None:
+        """Log a request that was turned away before it was anybody's."""
+        visit = Visit(uuid.uuid4().hex, method, path, None, Ask(b""))
+        visit.status, visit.ending = status, "refused"
+        self._close(visit)
+
     def _close(self, visit: Visit) -> None:
         duration_s = time.perf_counter() - visit.started_s
         if visit.ending == "disconnected" and visit.usage.is_done:
@@ -141,18 +148,18 @@ class Governance:
         key, keeps = visit.key, self.keeps_payload
         entry = Entry(
             request_id=visit.request_id,
-            response_id=usage.response_id,
+            response_id=_text(usage.response_id, 128),
             at_s=visit.at_s,
             key_id=key.id if key else None,
             key_name=key.name if key else None,
             group=key.group if key else None,
-            method=visit.method,
-            path=visit.path,
-            model=visit.ask.model,
+            method=_text(visit.method, 16) or "",
+            path=_text(visit.path, 400) or "",
+            model=_text(visit.ask.model, 200),
             artifact=self._artifact_id,
             status=visit.status,
             ending=visit.ending,
-            finish_reason=usage.finish_reason,
+            finish_reason=_text(usage.finish_reason, 32),
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
@@ -203,14 +210,19 @@ class Governance:
     @property
     def keeps_payload(self) -> bool:
         """Whether the log has the bodies of answers."""
-        return self._section.log.payload
+        return self.section.log.payload
 
     def _payload(self, body: bytes) -> str:
         """Text for the log: the recipe's patterns are masked before it is cut to its size."""
         text = body.decode("utf-8", "replace")
         for pattern in self._patterns:
             text = pattern.sub("[redacted]", text)
-        return text[: self._section.log.max_payload_characters]
+        return text[: self.section.log.max_payload_characters]
+
+
+def _text(found: str | None, most: int) -> str | None:
+    """What a client or an engine says, as a database can keep it."""
+    return None if found is None else found[:most].encode("utf-8", "replace").decode()
 
 
 def _over_limit(error: RefusedError, limits: Limits) -> ApiError:
