@@ -19,7 +19,9 @@ _ADMIN_PATHS = re.compile(r"(?:un)?load_lora_adapter(?:/|$)")
 
 
 def check_path(path: str) -> None:
-    """Raises ApiError for a path that would leave `/v1/`, or is not for clients."""
+    """Raises ApiError for a path that would leave `/v1/`, or is not for clients to write to."""
+    if path.partition("/")[0] == "models":
+        raise ApiError(405, "models can only be read", "invalid_request_error", {"Allow": "GET"})
     if not _PATH.fullmatch(path) or _ADMIN_PATHS.match(path):
         raise ApiError(404, "there is no such path here", "not_found")
 

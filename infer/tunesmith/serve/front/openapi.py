@@ -142,7 +142,7 @@ def _post(summary: str, required: list[str], properties: dict[str, Any]) -> dict
     body = {"type": "object", "required": required, "properties": properties}
     content: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}}
     if "stream" in properties:
-        content[_EVENTS] = {"schema": _TEXT}
+        content[_EVENTS] = {"schema": {}}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {_JSON: {"schema": body}}},
