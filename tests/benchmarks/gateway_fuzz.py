@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         program = _schemathesis(scratch, options.python)
-        rounds = []
+        rounds: list[dict[str, Any]] = []
         with mocked(scratch / "store", Serve(), upstream_s=0.0) as place:
             while sum(one["cases"] for one in rounds) < options.cases:
                 rounds.append(_fuzz(program, place, scratch, options.seed + len(rounds)))
