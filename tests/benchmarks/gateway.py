@@ -303,7 +303,7 @@ def _gateway(port: int, upstream: int, store: str) -> None:
         place = _Ready(f"http://127.0.0.1:{upstream}/v1")
         bot = Upstream("bot", "bot", place, "checkpoint-bench", price=price)
         routes = _Routes(Table({"bot": Route("bot", (("bot", 1.0),))}, {"bot": bot}))
-        governance = Governance(section, database, journal, [bot])
+        governance = Governance(section, database, journal, routes)
         gateway = Gateway(routes, governance, asks_keys=True)
         web.run_app(
             gateway.app(), host="127.0.0.1", port=port, print=None, access_log=None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -16,6 +18,7 @@ from aiohttp.test_utils import TestServer
 from sqlalchemy.engine import Engine
 
 from tunesmith.config.schema.serve import Serve
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.archive import read_log
 from tunesmith.serve.govern.database import open_gateway, requests
@@ -51,6 +54,28 @@ class Fixed:
     """Routes that stay, or move when a test moves them."""
 
     table: Table
+
+
+@asynccontextmanager
+async def listening(
+    gateway: Gateway, *, head_timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """The port of a gateway behind the connections that `tunesmith serve` uses."""
+    runner = web.AppRunner(gateway.app(), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    listener = socket.create_server(("127.0.0.1", 0))
+    site = Site(
+        runner,
+        listener,
+        head_timeout_s=head_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    )
+    await site.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        await runner.cleanup()
 
 
 @asynccontextmanager
@@ -104,8 +129,7 @@ async def gateway(
         prepare(database)
         rows = serve.log.rows_per_file
         with Journal(database, folder / "serve", rows_per_file=rows) as journal:
-            upstreams = list(routes.table.upstreams.values())
-            governance = Governance(serve, database, journal, upstreams)
+            governance = Governance(serve, database, journal, routes)
             made = Gateway(
                 routes,
                 governance,

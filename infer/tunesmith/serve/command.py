@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -18,11 +19,12 @@ from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
 from tunesmith.serve.build import Builder
 from tunesmith.serve.fleet import Fleet
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
-from tunesmith.serve.listen import bind, read_key, url_of
+from tunesmith.serve.listen import bind, read_key, tls_context, url_of
 from tunesmith.terminal import log, make_table
 
 
@@ -32,6 +34,7 @@ def run(stages: Stages) -> dict[str, Any]:
     if section is None:
         raise UserError(f"{stages.path}: this needs a serve section")
     api_key = read_key(section)
+    tls = tls_context(section)
     if any(not one.url for one in section.upstreams.values()) or not section.upstreams:
         has_gpu_engine()
     fleet = Builder(stages, section).fleet()
@@ -44,7 +47,7 @@ def run(stages: Stages) -> dict[str, Any]:
         folder = stages.store.folder / "serve"
         database = open_gateway(stages.store.folder)
         with Journal(database, folder, rows_per_file=section.log.rows_per_file) as journal:
-            governance = Governance(section, database, journal, list(served.values()))
+            governance = Governance(section, database, journal, fleet)
             gateway = Gateway(
                 fleet,
                 governance,
@@ -52,7 +55,7 @@ def run(stages: Stages) -> dict[str, Any]:
                 asks_keys=section.keys,
                 max_open_requests=section.max_open_requests,
             )
-            asyncio.run(_serve(section, listener, fleet, gateway))
+            asyncio.run(_serve(section, listener, tls, fleet, gateway))
     return {
         "id": ", ".join(one.artifact_id for one in served.values()),
         "variant": stages.variant(section.model)[0] if not section.upstreams else None,
@@ -78,7 +81,13 @@ def show(result: dict[str, Any]) -> Any:
     return make_table("Served", ("", result["variant"] or "upstreams"), rows)
 
 
-async def _serve(section: Serve, listener: socket.socket, fleet: Fleet, gateway: Gateway) -> None:
+async def _serve(
+    section: Serve,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    fleet: Fleet,
+    gateway: Gateway,
+) -> None:
     """Answer until the first SIGINT or SIGTERM, then drain; a second one cuts the drain short.
 
     Raises the error of an engine that never became ready.
@@ -95,7 +104,13 @@ async def _serve(section: Serve, listener: socket.socket, fleet: Fleet, gateway:
         gateway.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
-    await web.SockSite(runner, listener).start()
+    await Site(
+        runner,
+        listener,
+        head_timeout_s=section.read_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    ).start()
     started_s = time.monotonic()
     running = asyncio.create_task(fleet.run())
     try:

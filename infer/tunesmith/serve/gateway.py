@@ -9,35 +9,25 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
 
 import aiohttp
 from aiohttp import web
 
-from tunesmith.serve.errors import ApiError, shape_errors
+from tunesmith.serve.errors import SERVER, ApiError, shape_errors
 from tunesmith.serve.forward import forward
+from tunesmith.serve.front.intake import check_body, check_path, read_body
+from tunesmith.serve.front.openapi import document
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.keys import Key
 from tunesmith.serve.govern.usage import Ask, read_ask
 from tunesmith.serve.relay import RETRY_AFTER_S
-from tunesmith.serve.routes import Route, Table
+from tunesmith.serve.routes import Route, Tables
 from tunesmith.serve.upstream import held
 
-_LARGEST_BODY_BYTES = 32 * 2**20
-# What engines have beside the API, or read as another path than it looks like here.
-_PATH = re.compile(r"(?!(un)?load_lora_adapter)[A-Za-z0-9_-]+(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_MIB = 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _RELOAD_INTERVAL_S = 0.5
 _VISIT = web.RequestKey("visit", Visit)
-
-
-class Tables(Protocol):
-    """Whoever moves routes."""
-
-    @property
-    def table(self) -> Table:
-        """Where requests that begin now go."""
-        ...
 
 
 class Gateway:
@@ -53,7 +43,7 @@ class Gateway:
         max_open_requests: int = 0,
     ) -> None:
         self._tables = tables
-        self._governance = governance
+        self.governance = governance
         self._api_key = api_key.encode() if api_key else None
         self._asks_keys = asks_keys
         self._max_open = max_open_requests
@@ -68,10 +58,15 @@ class Gateway:
 
     def app(self) -> web.Application:
         """The routes; everything else is an error in OpenAI's shape."""
-        app = web.Application(middlewares=[shape_errors], client_max_size=_LARGEST_BODY_BYTES)
+        section = self.governance.section
+        app = web.Application(
+            middlewares=[shape_errors(self._refused)],
+            client_max_size=section.max_body_mib * _MIB,
+        )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
@@ -104,7 +99,7 @@ class Gateway:
         async def reload() -> None:
             while True:
                 await asyncio.sleep(_RELOAD_INTERVAL_S)
-                await asyncio.to_thread(self._governance.reload)
+                await asyncio.to_thread(self.governance.reload)
 
         task = asyncio.create_task(reload()) if self._asks_keys else None
         yield
@@ -113,12 +108,23 @@ class Gateway:
 
     async def _name_artifact(self, request: web.Request, response: web.StreamResponse) -> None:
         """Say what answered, where one thing did or would have."""
+        response.headers["Server"] = SERVER
+        response.headers["X-Content-Type-Options"] = "nosniff"
         visit: Visit | None = request.get(_VISIT)
         if arm := visit.arm if visit else self._tables.table.sole:
             response.headers["x-tunesmith-artifact"] = arm.artifact_id
         if visit and visit.route and arm:
             response.headers["x-tunesmith-route"] = visit.route
             response.headers["x-tunesmith-arm"] = arm.name
+
+    def _refused(self, request: web.Request, status: int) -> None:
+        """Log what was refused before it became a visit, which logs itself."""
+        if _VISIT not in request:
+            self.governance.refused(request.method, request.path, status)
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        """What this server offers, for tools that read it; it tells nothing of the model."""
+        return web.json_response(document())
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         """Whether this process answers."""
@@ -136,7 +142,7 @@ class Gateway:
         self._caller(request)
         table = self._tables.table
         is_ready = not self._is_draining and all(map(table.is_ready, table.routes.values()))
-        text = self._governance.metrics.text(
+        text = self.governance.metrics.text(
             open_requests=self._open, is_ready=is_ready, upstreams=table.upstreams.values()
         )
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
@@ -161,17 +167,18 @@ class Gateway:
         visit = Visit(request_id, request.method, request.match_info["path"], None, Ask(b""))
         visit.arm = self._tables.table.sole
         request[_VISIT] = visit
-        with self._governance.visit(visit):
+        with self.governance.visit(visit):
+            check_path(visit.path)
             visit.key = self._caller(request)
             self._check_ready()
             self._check_room()
             with self._counted():
+                timeout_s = self.governance.section.read_timeout_s
+                visit.ask = read_ask(visit.path, await read_body(request, timeout_s))
+                check_body(visit.path, visit.ask)
                 return await self._answer(request, visit)
 
     async def _answer(self, request: web.Request, visit: Visit) -> web.StreamResponse:
-        if not _PATH.fullmatch(visit.path):
-            raise ApiError(404, f"there is no /v1/{visit.path}", "not_found")
-        visit.ask = read_ask(visit.path, await request.read())
         table = self._tables.table
         route = table.find(visit.ask.model)
         if route is None:
@@ -184,14 +191,14 @@ class Gateway:
             if visit.key:
                 ready = [one for one in upstreams if one.place.is_ready]
                 lengths = {one.name: (one, await one.model_len(self._client)) for one in ready}
-                await self._governance.admit(visit, lengths)
+                await self.governance.admit(visit, lengths)
             return await forward(
                 self._client,
                 request,
                 visit,
                 upstreams,
                 timeout_s=route.timeout_s,
-                keep=self._governance.keeps_payload,
+                keep=self.governance.keeps_payload,
             )
 
     def _unknown(self, model: str) -> ApiError:
@@ -209,7 +216,7 @@ class Gateway:
                 text.encode("utf-8", "replace"), self._api_key
             ):
                 return None
-            if self._asks_keys and (key := self._governance.find(text)):
+            if self._asks_keys and (key := self.governance.find(text)):
                 return key
         message = "a wrong API key, or none; send it as: Authorization: Bearer KEY"
         raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})

@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from tunesmith.config.schema import routes as schema
 from tunesmith.serve.upstream import Upstream
@@ -97,6 +98,15 @@ class Table:
         """Whether anybody is there to answer."""
         names = (*(name for name, _ in route.arms), *route.fallback)
         return any(self.upstreams[name].place.is_ready for name in names)
+
+
+class Tables(Protocol):
+    """Whoever moves routes."""
+
+    @property
+    def table(self) -> Table:
+        """Where requests that begin now go."""
+        ...
 
 
 def _point(route: str, identity: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -40,6 +41,16 @@ class RequestLog(Section):
         return self
 
 
+class Tls(Section):
+    """HTTPS in place of HTTP."""
+
+    certificate: Path
+    """PEM file with the certificate, and those between it and the root after it."""
+
+    key: Path
+    """PEM file with its private key, without a passphrase."""
+
+
 class Serve(Section):
     """The OpenAI API on one port."""
 
@@ -69,6 +80,15 @@ class Serve(Section):
 
     keys: bool = False
     """Ask clients for a key made by `tunesmith keys create`, and hold its limits and budgets."""
+
+    tls: Tls | None = None
+    """Answer HTTPS alone; plain HTTP when null."""
+
+    max_body_mib: Positive = 32
+    """Largest body of a request; more gets 413."""
+
+    read_timeout_s: Annotated[float, Field(gt=0.0)] = 30.0
+    """How long a client may take to send a request's head, and again for its body."""
 
     longest_budget_wait_s: Annotated[float, Field(ge=0.0)] = 10.0
     """How long a request waits that fits a day's budget unless the requests that are open use all

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from tunesmith.serve.govern.limits import Limits, Use
 from tunesmith.serve.govern.measure import most_output_tokens
 from tunesmith.serve.govern.metrics import Metrics
 from tunesmith.serve.govern.usage import Ask, Usage
+from tunesmith.serve.routes import Tables
 from tunesmith.serve.upstream import Upstream
 
 _DAY_S = 86_400
@@ -75,14 +77,15 @@ class Governance:
         section: Serve,
         engine: Engine,
         journal: Journal,
-        upstreams: Sequence[Upstream],
+        tables: Tables,
     ) -> None:
         self.journal = journal
         self.metrics = Metrics(journal)
         self.observers: list[Callable[[Visit, Entry], None]] = []
         """Told of every request that has ended; they must not take long."""
-        self._section, self._engine = section, engine
+        self.section, self._engine, self._tables = section, engine, tables
         self._book = read_book(engine)
+        upstreams = list(tables.table.upstreams.values())
         day = int(time.time() // _DAY_S)
         self._governor = Governor(
             read_spending(engine, day), day, longest_wait_s=section.longest_budget_wait_s
@@ -143,6 +146,13 @@ class Governance:
         finally:
             self._close(visit)
 
+    def refused(self, method: str, path: str, status: int) -> None:
+        """Log a request that was turned away before it was anybody's."""
+        visit = Visit(uuid.uuid4().hex, method, path, None, Ask(b""))
+        visit.arm = self._tables.table.sole
+        visit.status, visit.ending = status, "refused"
+        self._close(visit)
+
     def _close(self, visit: Visit) -> None:
         duration_s = time.perf_counter() - visit.started_s
         if visit.ending == "disconnected" and visit.usage.is_done:
@@ -158,18 +168,18 @@ class Governance:
         key, keeps = visit.key, self.keeps_payload
         entry = Entry(
             request_id=visit.request_id,
-            response_id=usage.response_id,
+            response_id=_text(usage.response_id, 128),
             at_s=visit.at_s,
             key_id=key.id if key else None,
             key_name=key.name if key else None,
             group=key.group if key else None,
-            method=visit.method,
-            path=visit.path,
-            model=visit.ask.model,
+            method=_text(visit.method, 16) or "",
+            path=_text(visit.path, 400) or "",
+            model=_text(visit.ask.model, 200),
             artifact=visit.arm.artifact_id if visit.arm else None,
             status=visit.status,
             ending=visit.ending,
-            finish_reason=usage.finish_reason,
+            finish_reason=_text(usage.finish_reason, 32),
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
             output_tokens=usage.output_tokens,
@@ -219,14 +229,19 @@ class Governance:
     @property
     def keeps_payload(self) -> bool:
         """Whether the log has the bodies of answers."""
-        return self._section.log.payload
+        return self.section.log.payload
 
     def _payload(self, body: bytes) -> str:
         """Text for the log: the recipe's patterns are masked before it is cut to its size."""
         text = body.decode("utf-8", "replace")
         for pattern in self._patterns:
             text = pattern.sub("[redacted]", text)
-        return text[: self._section.log.max_payload_characters]
+        return text[: self.section.log.max_payload_characters]
+
+
+def _text(found: str | None, most: int) -> str | None:
+    """What a client or an engine says, as a database can keep it."""
+    return None if found is None else found[:most].encode("utf-8", "replace").decode()
 
 
 def _use(upstream: Upstream | None, prompt_tokens: int, output_tokens: int) -> Use:

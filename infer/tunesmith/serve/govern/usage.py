@@ -73,7 +73,7 @@ def read_ask(path: str, body: bytes) -> Ask:
     `path` is what follows `/v1/`.
     """
     try:
-        fields = json.loads(body)
+        fields = json.loads(body.decode())
     except (ValueError, RecursionError):
         return Ask(body)
     if not isinstance(fields, dict):
@@ -120,9 +120,11 @@ class Usage:
         answer = inner if isinstance(inner, dict) else answer
         if isinstance(found := answer.get("id"), str):
             self.response_id = found
-        self.pieces += bool(answer.get("choices"))
-        for choice in answer.get("choices") or ():
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        choices = answer.get("choices")
+        self.pieces += bool(choices)
+        for choice in choices if isinstance(choices, list) else ():
+            reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+            self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
         if not isinstance(usage := answer.get("usage"), dict):
             return
         self.is_known = True
