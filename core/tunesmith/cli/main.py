@@ -15,6 +15,7 @@ import typer
 
 from tunesmith.cli.govern import keys_app, usage
 from tunesmith.cli.output import print_result
+from tunesmith.cli.rollout import rollout_app
 
 app = typer.Typer(
     name="tunesmith",
@@ -27,6 +28,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and cost.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+app.add_typer(rollout_app, name="rollout")
 app.command()(usage)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
