@@ -171,6 +171,9 @@ class Gateway:
                 timeout_s = self.governance.section.read_timeout_s
                 visit.ask = read_ask(visit.path, await read_body(request, timeout_s))
                 check_body(visit.path, visit.ask)
+                if screen := self.governance.rails.of(visit.ask.model):
+                    visit.screen = screen
+                    visit.ask = await screen.enter(visit.path, visit.method, visit.ask)
                 if visit.key:
                     await self.governance.admit(visit, await self._model_len())
                 return await self._answer(request, visit)

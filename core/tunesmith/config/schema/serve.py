@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tunesmith.config.schema.base import Money, NonNegative, Positive, Section, Variant
+from tunesmith.config.schema.guardrail import Guardrail
 
 
 class TokenPrice(Section):
@@ -95,6 +96,9 @@ class Serve(Section):
 
     token_price: TokenPrice | None = None
     """Prices for cost and budgets; when null those that the recipe's benchmark measured."""
+
+    guardrails: tuple[Guardrail, ...] = ()
+    """What may not go in or come out."""
 
     log: RequestLog = RequestLog()
     """The request log."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
 from sqlalchemy.engine import Engine
 
-from tunesmith.config import UserError
+from tunesmith.config import UserError, require
 from tunesmith.config.schema.serve import Serve
 from tunesmith.serve.errors import ApiError
 from tunesmith.serve.govern.governor import Governor, Grant, RefusedError
@@ -24,8 +23,10 @@ from tunesmith.serve.govern.measure import Measure, most_output_tokens
 from tunesmith.serve.govern.metrics import Metrics
 from tunesmith.serve.govern.price import TokenPrice
 from tunesmith.serve.govern.usage import Ask, Usage
+from tunesmith.serve.guard.rails import Rails, Screen
 
 _DAY_S = 86_400
+_REDACTION_S = 0.05
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Visit:
     """Whether the engine has it."""
 
     usage: Usage = field(default_factory=Usage)
+    screen: Screen | None = None
+    """The guardrails that hold for it."""
+
     status: int = 0
     ending: Ending = "disconnected"
     grant: Grant | None = None
@@ -69,6 +73,9 @@ class Governance:
     ) -> None:
         self.journal = journal
         self.metrics = Metrics(journal)
+        self.observers: list[Callable[[Visit, Entry], None]] = []
+        """Told of every request that has ended; they must not take long."""
+        self.rails = Rails(section.guardrails)
         self.price = price
         self.section, self._engine, self._measure = section, engine, measure
         self._artifact_id = artifact_id
@@ -77,7 +84,8 @@ class Governance:
         self._governor = Governor(
             read_spending(engine, day), day, longest_wait_s=section.longest_budget_wait_s
         )
-        self._patterns = [re.compile(pattern) for pattern in section.log.redact]
+        regex = require("regex", "infer")
+        self._patterns = [regex.compile(pattern) for pattern in section.log.redact]
         self._fastest_token_s = math.inf
         for key in self._book.keys.values():
             if key.state(time.time()) == "active" and (fault := self._unpriced(key)):
@@ -169,9 +177,14 @@ class Governance:
             duration_s=duration_s,
             request_body=self._payload(visit.ask.body) if keeps else None,
             response_body=self._payload(visit.answer) if keeps else None,
+            guardrails=visit.screen.describe() if visit.screen else None,
         )
         self.journal.add(entry, days)
         self.metrics.observe(entry)
+        for place, count in visit.screen.hits.items() if visit.screen else ():
+            self.metrics.guarded(place, count)
+        for observe in self.observers:
+            observe(visit, entry)
 
     def _final_usage(self, visit: Visit, duration_s: float) -> tuple[Usage, bool]:
         """What the engine said that was used. Of a whole answer that nobody waited for it says
@@ -215,8 +228,11 @@ class Governance:
     def _payload(self, body: bytes) -> str:
         """Text for the log: the recipe's patterns are masked before it is cut to its size."""
         text = body.decode("utf-8", "replace")
-        for pattern in self._patterns:
-            text = pattern.sub("[redacted]", text)
+        try:
+            for pattern in self._patterns:
+                text = pattern.sub("[redacted]", text, timeout=_REDACTION_S)
+        except TimeoutError:
+            return "[not kept: what to redact could not be found in time]"
         return text[: self.section.log.max_payload_characters]
 
 

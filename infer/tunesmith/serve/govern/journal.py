@@ -61,6 +61,8 @@ class Entry:
     duration_s: float
     request_body: str | None = None
     response_body: str | None = None
+    guardrails: str | None = None
+    """What they found, as JSON."""
 
 
 class Journal:
