@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -23,8 +22,9 @@ from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
-from tunesmith.serve.govern.measure import Measure
 from tunesmith.serve.govern.price import TokenPrice
+from tunesmith.serve.routes import Route, Table
+from tunesmith.serve.upstream import Upstream
 
 ARTIFACT = "checkpoint-bench"
 USAGE = {"prompt_tokens": 60, "completion_tokens": 16, "total_tokens": 76}
@@ -102,32 +102,32 @@ def _upstream(port: int, upstream_s: float, slots: int) -> None:
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 
+@dataclass
 class _Ready:
-    """A supervisor whose engine is the upstream."""
+    """An engine that is always there."""
 
-    is_ready = True
-    restarts = 0
+    url: str
+    is_ready: bool = True
 
-    def __init__(self, url: str) -> None:
-        self.url = url
 
-    @property
-    def server(self) -> _Ready:
-        return self
+@dataclass
+class _Routes:
+    """One route that stays."""
+
+    table: Table
 
 
 def _gateway(port: int, upstream: int, store: str, section: Serve) -> None:
     database = open_gateway(Path(store))
     price = TokenPrice(1.0, 2.0, "the measurement")
     with Journal(database, Path(store) / "serve", rows_per_file=100_000) as journal:
-        governance = Governance(
-            section, database, journal, Measure(None), artifact_id=ARTIFACT, price=price
-        )
-        supervisor: Any = _Ready(f"http://127.0.0.1:{upstream}/v1")
+        place = _Ready(f"http://127.0.0.1:{upstream}/v1")
+        bot = Upstream("bot", "bot", place, ARTIFACT, price=price)
+        routes = _Routes(Table({"bot": Route("bot", (("bot", 1.0),))}, {"bot": bot}))
+        governance = Governance(section, database, journal, routes)
         gateway = Gateway(
-            supervisor, governance, model_name="bot", artifact_id=ARTIFACT, asks_keys=section.keys,
-            max_open_requests=section.max_open_requests,
-        )  # fmt: skip
+            routes, governance, asks_keys=section.keys, max_open_requests=section.max_open_requests
+        )
         asyncio.run(_listen(gateway, port))
 
 

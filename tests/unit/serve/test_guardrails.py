@@ -158,8 +158,15 @@ async def test_what_goes_in_is_masked_wherever_a_model_reads_it() -> None:
 
 @asynchronous
 async def test_what_may_not_go_in_does_not_reach_the_engine() -> None:
-    rails = [{"name": "topics", "keywords": ["project x"], "action": "block", "routes": ["bot"]}]
+    rails = [
+        {"name": "topics", "keywords": ["project x"], "action": "block", "routes": ["bot"]},
+        {"name": "elsewhere", "keywords": ["project y"], "action": "block", "routes": ["other"]},
+    ]
     upstream = Upstream("fine")
+    with pytest.raises(UserError, match="elsewhere: there is no route 'other'"):
+        async with before(upstream, upstream.answer, guardrails=rails):
+            pass
+    rails[1]["routes"] = []
     async with before(upstream, upstream.answer, guardrails=rails) as (served, client):
         async with client.post("/v1/chat/completions", **chat("tell of Project X")) as response:
             assert response.status == 400
@@ -174,8 +181,8 @@ async def test_what_may_not_go_in_does_not_reach_the_engine() -> None:
                 assert response.status in (400, 403), path
                 assert (await response.json())["error"]["code"] == "guardrail"
         assert upstream.asked == []
-        async with client.post("/v1/chat/completions", **chat("project x", model="b")) as response:
-            assert response.status == 200  # another model
+        async with client.post("/v1/chat/completions", **chat("project y")) as response:
+            assert response.status == 200  # that one is for another model
         lines = served.lines()
         assert [line["status"] for line in lines] == [400, 400, 400, 403, 200]
         assert hits(served)[0][0]["action"] == "block"
@@ -286,4 +293,4 @@ def test_what_cannot_be_a_guardrail_is_told() -> None:
         with pytest.raises(ValueError, match=words):
             Guardrail.model_validate({"name": "r", **fields})
     with pytest.raises(UserError, match="serve.guardrails: r"):
-        Rails([Guardrail(name="r", patterns=(r"(?x) a # b",))])
+        Rails([Guardrail(name="r", patterns=(r"(?x) a # b",))], ["bot"])

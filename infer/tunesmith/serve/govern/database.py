@@ -81,6 +81,12 @@ requests = sa.Table(
     sa.Column("request_body", sa.Text),
     sa.Column("response_body", sa.Text),
     sa.Column("guardrails", sa.Text),
+    sa.Column("route", sa.String(200)),
+    sa.Column("arm", sa.String(200)),
+    sa.Column("version", sa.String(200)),
+    sa.Column("attempts", sa.Integer),
+    sa.Column("purpose", sa.String(16)),
+    sa.Column("experiment", sa.String(200)),
     # Files are named after these numbers, so none may come twice.
     sqlite_autoincrement=True,
 )

@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+from tunesmith.config import UserError
 from tunesmith.config.schema.guardrail import Guardrail
 from tunesmith.serve.errors import ApiError
 from tunesmith.serve.govern.usage import Ask, read_ask
@@ -42,14 +43,21 @@ _T = TypeVar("_T")
 class Rails:
     """Compiled once for a gateway."""
 
-    def __init__(self, rails: Iterable[Guardrail]) -> None:
+    def __init__(self, rails: Iterable[Guardrail], routes: Collection[str]) -> None:
         self._rails = [(rail, compile_rail(rail)) for rail in rails]
+        for rail, _ in self._rails:
+            for name in rail.routes or ():
+                if name not in routes:
+                    raise UserError(
+                        f"serve.guardrails: {rail.name}: there is no route {name!r}; "
+                        f"there is {', '.join(routes)}"
+                    )
 
-    def of(self, model: str | None) -> Screen | None:
-        """What holds for a model; None where nothing does. Without a model everything does."""
+    def of(self, route: str) -> Screen | None:
+        """What holds for a route; None where nothing does."""
         sides: dict[Where, list[Matcher]] = {"input": [], "output": []}
         for rail, matchers in self._rails:
-            if rail.routes is None or model is None or model.partition("@")[0] in rail.routes:
+            if rail.routes is None or route in rail.routes:
                 for where in sides:
                     if rail.where in (where, "both"):
                         sides[where] += matchers
