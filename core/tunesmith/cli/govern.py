@@ -136,7 +136,10 @@ def set_group(
 
 
 def usage(
-    by: Annotated[str, typer.Option(help="key, group, model, artifact, status or day.")] = "key",
+    by: Annotated[
+        str,
+        typer.Option(help="key, group, model, artifact, route, arm, experiment, status or day."),
+    ] = "key",
     since: Annotated[str, typer.Option(help="How far back, such as 24h or 30d.")] = "30d",
     store: StoreFolder = _DEFAULT_STORE,
     as_json: AsJson = False,
