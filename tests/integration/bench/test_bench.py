@@ -132,6 +132,7 @@ def test_an_interrupted_bench_keeps_the_variants_it_has(
         (work.scratch / "base.json").write_text(json.dumps(entry))
         raise KeyboardInterrupt
     monkeypatch.setattr(rig, "EngineServer", None)
+    monkeypatch.setattr(rig, "measure_ceiling", lambda: None)
     found = command.run(changed, "serve")["modes"]["serve"]
     assert found["id"] != result["modes"]["serve"]["id"]
     assert found["variants"]["base"] == entry["figures"]
@@ -161,6 +162,7 @@ def test_a_model_that_the_engine_refuses(stages: Stages, monkeypatch: pytest.Mon
     bench = stages.recipe.bench.model_copy(update={"request_rate": 26.0})
     changed = Stages(stages.recipe.model_copy(update={"bench": bench}), stages.store)
     monkeypatch.setattr(rig, "EngineServer", Refusing)
+    monkeypatch.setattr(rig, "measure_ceiling", lambda: None)
     with pytest.raises(ModelError, match="no kernel for it"):
         command.run(changed, "serve")
     assert stages.store.find(changed.bench("serve").id) is None
