@@ -346,7 +346,7 @@ class Stages:
             "mode": mode,
             "bench": bench_section(bench, mode),
             "engine": self._engine,
-            "price": self.recipe.price.model_dump(mode="json") if self.recipe.price else None,
+            "price": _pick(self.recipe.price, "gpu_hour_usd") if self.recipe.price else None,
             "machine": self._machine,
             "seed": self.recipe.seed,
             # What is measured, and how.

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tunesmith.bench.cells import pair, usd
 from tunesmith.bench.measure import Meter
 from tunesmith.bench.results import Run, variant_result
 from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
@@ -164,19 +165,10 @@ def _row(name: str, figures: dict[str, Any], mode: str) -> list[str]:
     return [
         name,
         f"{rate['value']:,.0f}" if rate else "–",
-        _pair(figures["ttft_ms"]),
-        _pair(figures["tpot_ms"]),
+        pair(figures["ttft_ms"]),
+        pair(figures["tpot_ms"]),
         *([f"{figures['goodput']['requests_per_s']:.2f}"] if mode == "serve" else []),
-        _usd(figures["usd_per_million_input_tokens"]),
-        _usd(figures["usd_per_million_output_tokens"]),
+        usd(figures["usd_per_million_input_tokens"]),
+        usd(figures["usd_per_million_output_tokens"]),
         "VALID" if figures["valid"] else "INVALID",
     ]
-
-
-def _pair(percentiles: dict[str, Any]) -> str:
-    found = [percentiles.get(name) for name in ("p50", "p95")]
-    return " / ".join(f"{interval['value']:.1f}" if interval else "–" for interval in found)
-
-
-def _usd(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

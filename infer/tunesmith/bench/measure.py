@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import string
 from collections.abc import Awaitable, Callable, Sequence
@@ -117,14 +118,18 @@ class Meter:
             ),
         )
 
-    async def arrivals(self, rate: float | None = None, rounds: int | None = None) -> Phase:
-        """Requests arriving at a rate, `bench.request_rate` unless told."""
+    async def arrivals(
+        self, rate: float | None = None, rounds: int | None = None, least_s: float = 0.0
+    ) -> Phase:
+        """Requests arriving at a rate, `bench.request_rate` unless told, for `least_s` at least."""
         bench = self._bench
-        moments = arrivals(bench, rate or bench.request_rate, bench.requests, self._seed)
+        rate = rate or bench.request_rate
+        count = max(bench.requests, math.ceil(rate * least_s))
+        moments = arrivals(bench, rate, count, self._seed)
         return await self._believable(
             "serve",
             lambda name: self._phase(
-                name, bench.requests, arrivals_window, arrivals_s=moments, rounds=rounds
+                name, count, arrivals_window, arrivals_s=moments, rounds=rounds
             ),
         )
 

@@ -16,11 +16,8 @@ from tunesmith.config import ModelError, UserError
 from tunesmith.pipeline import Stages
 
 BENCH = {"requests": 48, "concurrency": 12, "request_rate": 24, "max_tokens": 12}
-NOISE = {
-    "client_bound",
-    "too_short",
-    "noisy_machine",
-}  # what a busy or a fast machine may rightly be told
+# What a busy or a fast machine may rightly be told.
+NOISE = {"client_bound", "too_short", "noisy_machine"}
 
 
 @pytest.fixture(scope="module")
