@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
 from tunesmith.serve.govern.keys import create_key, set_group
 from tunesmith.serve.govern.limits import Limits
-from tunesmith.serve.govern.measure import Measure
 from tunesmith.serve.govern.price import TokenPrice
+from tunesmith.serve.routes import Route, Table
+from tunesmith.serve.upstream import Upstream
 
 UPSTREAM_S = 0.020
 STREAM_PIECES, PIECE_S = 16, 0.005
@@ -278,17 +280,19 @@ def _upstream(port: int) -> None:
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 
+@dataclass
 class _Ready:
-    """A supervisor whose engine is the upstream."""
+    """An engine that is always there."""
 
-    is_ready = True
+    url: str
+    is_ready: bool = True
 
-    def __init__(self, url: str) -> None:
-        self.url = url
 
-    @property
-    def server(self) -> _Ready:
-        return self
+@dataclass
+class _Routes:
+    """One route that stays."""
+
+    table: Table
 
 
 def _gateway(port: int, upstream: int, store: str) -> None:
@@ -296,13 +300,11 @@ def _gateway(port: int, upstream: int, store: str) -> None:
     database = open_gateway(Path(store))
     price = TokenPrice(1.0, 2.0, "the benchmark")
     with Journal(database, Path(store) / "serve", rows_per_file=100_000) as journal:
-        governance = Governance(
-            section, database, journal, Measure(None), artifact_id="checkpoint-bench", price=price
-        )
-        supervisor: Any = _Ready(f"http://127.0.0.1:{upstream}/v1")
-        gateway = Gateway(
-            supervisor, governance, model_name="bot", artifact_id="checkpoint-bench", asks_keys=True
-        )
+        place = _Ready(f"http://127.0.0.1:{upstream}/v1")
+        bot = Upstream("bot", "bot", place, "checkpoint-bench", price=price)
+        routes = _Routes(Table({"bot": Route("bot", (("bot", 1.0),))}, {"bot": bot}))
+        governance = Governance(section, database, journal, routes)
+        gateway = Gateway(routes, governance, asks_keys=True)
         web.run_app(
             gateway.app(), host="127.0.0.1", port=port, print=None, access_log=None,
             handler_cancellation=True,

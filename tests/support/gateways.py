@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -16,13 +18,15 @@ from aiohttp.test_utils import TestServer
 from sqlalchemy.engine import Engine
 
 from tunesmith.config.schema.serve import Serve
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.archive import read_log
 from tunesmith.serve.govern.database import open_gateway, requests
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
-from tunesmith.serve.govern.measure import Measure
 from tunesmith.serve.govern.price import TokenPrice
+from tunesmith.serve.routes import Route, Table
+from tunesmith.serve.upstream import Upstream
 
 ARTIFACT = "checkpoint-0123456789ab"
 
@@ -45,6 +49,35 @@ class Served:
         return found
 
 
+@dataclass
+class Fixed:
+    """Routes that stay, or move when a test moves them."""
+
+    table: Table
+
+
+@asynccontextmanager
+async def listening(
+    gateway: Gateway, *, head_timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """The port of a gateway behind the connections that `tunesmith serve` uses."""
+    runner = web.AppRunner(gateway.app(), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    listener = socket.create_server(("127.0.0.1", 0))
+    site = Site(
+        runner,
+        listener,
+        head_timeout_s=head_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    )
+    await site.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        await runner.cleanup()
+
+
 @asynccontextmanager
 async def before(
     supervisor: Any,
@@ -58,35 +91,57 @@ async def before(
 ) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
     """`supervisor` gets the `url` of the upstream; `prepare` makes keys before the gateway starts;
     `section` is that of the recipe."""
+    async with behind(upstream) as url:
+        supervisor.url = url
+        bot = Upstream("bot", "bot", supervisor, ARTIFACT, price=price)
+        table = Table({"bot": Route("bot", (("bot", 1.0),))}, {"bot": bot})
+        async with gateway(
+            Fixed(table), api_key=api_key, store=store, prepare=prepare, **section
+        ) as found:
+            yield found
+
+
+@asynccontextmanager
+async def behind(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """The URL of an upstream that answers so."""
     application = web.Application()
-    application.router.add_route("*", "/v1/{path:.*}", upstream)
+    application.router.add_route("*", "/v1/{path:.*}", answer)
+    async with TestServer(application, handler_cancellation=True) as server:
+        yield str(server.make_url("/v1"))
+
+
+@asynccontextmanager
+async def gateway(
+    routes: Any,
+    *,
+    api_key: str | None = None,
+    store: Path | None = None,
+    prepare: Callable[[Engine], None] = lambda _: None,
+    **section: Any,
+) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
+    """A gateway over any routing table; `routes.table` is read for each request."""
     serve = Serve(**section)
     with tempfile.TemporaryDirectory() as scratch:
         folder = store or Path(scratch)
         database = open_gateway(folder)
         prepare(database)
-        async with TestServer(application, handler_cancellation=True) as behind:
-            supervisor.url = str(behind.make_url("/v1"))
-            with Journal(
-                database, folder / "serve", rows_per_file=serve.log.rows_per_file
-            ) as journal:
-                governance = Governance(
-                    serve, database, journal, Measure(None), artifact_id=ARTIFACT, price=price
-                )
-                gateway = Gateway(
-                    supervisor,
-                    governance,
-                    model_name="bot",
-                    artifact_id=ARTIFACT,
-                    api_key=api_key,
-                    asks_keys=serve.keys,
-                    max_open_requests=serve.max_open_requests,
-                )
-                async with (
-                    TestServer(gateway.app(), handler_cancellation=True) as front,
-                    aiohttp.ClientSession(str(front.make_url("/"))) as client,
-                ):
-                    yield Served(gateway, governance, journal, database, folder / "serve"), client
+        rows = serve.log.rows_per_file
+        with Journal(database, folder / "serve", rows_per_file=rows) as journal:
+            governance = Governance(serve, database, journal, routes)
+            made = Gateway(
+                routes,
+                governance,
+                api_key=api_key,
+                asks_keys=serve.keys,
+                max_open_requests=serve.max_open_requests,
+            )
+            async with (
+                TestServer(made.app(), handler_cancellation=True) as front,
+                aiohttp.ClientSession(str(front.make_url("/"))) as client,
+            ):
+                yield Served(made, governance, journal, database, folder / "serve"), client
 
 
 def asynchronous(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tunesmith.config.load import item_of, section_of
+from tunesmith.config.load import item_of, named_of, section_of
 from tunesmith.config.schema import Recipe
 
 _HEAD = """\
@@ -40,6 +40,8 @@ def _section(model: type[BaseModel], path: str) -> Iterator[str]:
             inner.append((where, section))
         elif item := item_of(field.annotation):
             inner.append((f"{where}[]", item))
+        elif named := named_of(field.annotation):
+            inner.append((f"{where}.NAME", named))
         meaning = " ".join((field.description or "").split())
         yield f"| `{name}` | {_values(field, section)} | {_default(field)} | {meaning} |"
     yield ""
@@ -70,6 +72,8 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping" if arguments[1] is Any else f"{_type_name(arguments[1])} by name"
     if origin is typing.Annotated:
         limits = ", ".join(text for item in arguments[1:] if (text := _limit(item)))
         return f"{_type_name(arguments[0])} {limits}".strip()

@@ -178,11 +178,15 @@ def _suggest(location: Key) -> str:
 def fields_at(path: Iterable[str]) -> tuple[str, ...]:
     """The keys that a section, or an item of a list, allows; empty where the path is neither."""
     model: type[BaseModel] | None = Recipe
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         if part.isdecimal():
             continue
         field = model.model_fields.get(part) if model else None
         model = section_of(field.annotation) or item_of(field.annotation) if field else None
+        if field and (named := named_of(field.annotation)):
+            next(parts, None)
+            model = named
     return tuple(model.model_fields) if model else ()
 
 
@@ -204,6 +208,13 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
         for arm in typing.get_args(annotation):
             if found := section_of(arm):
                 return found
+    return None
+
+
+def named_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of the values where a key holds sections by names of the user's."""
+    if typing.get_origin(annotation) is dict:
+        return section_of(typing.get_args(annotation)[1])
     return None
 
 

@@ -61,7 +61,7 @@ def thread_environment() -> tuple[dict[str, str], dict[str, str]]:
     return keep, {"OMP_PROC_BIND": "true", "OMP_PLACES": places}
 
 
-def server_environment(*, gpu: bool) -> dict[str, str]:
+def server_environment(*, gpu: bool, adapters_change: bool = False) -> dict[str, str]:
     """For vLLM's server in a process of its own: the whole environment.
 
     On a CPU it leaves one core to the HTTP side. Where that leaves one for the model there is
@@ -71,6 +71,8 @@ def server_environment(*, gpu: bool) -> dict[str, str]:
     variables = os.environ | _ALWAYS
     # It would overrule the recipe's `engine.kv_cache_gib`.
     variables.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    if adapters_change:
+        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if not gpu and len(usable_cores()) <= 2 and "OMP_NUM_THREADS" not in variables:
         variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     return variables

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tunesmith.config.errors import TunesmithError
+from tunesmith.config.errors import ModelError, TunesmithError
+from tunesmith.engine.adapters import check_later_adapter
 from tunesmith.engine.environment import has_gpu_engine, server_environment
 from tunesmith.engine.failures import start_failure
 from tunesmith.engine.group import end_group, start_group
@@ -22,6 +25,7 @@ from tunesmith.engine.spec import EngineSpec, engine_arguments
 _HOST = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
 _STOP_TIMEOUT_S = 10.0
+_ADAPTER_TIMEOUT_S = 120.0
 
 
 class EngineServer:
@@ -45,6 +49,7 @@ class EngineServer:
         self._port = port
         self._drain_timeout_s = drain_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._arguments: dict[str, Any] = {}
 
     @property
     def url(self) -> str:
@@ -85,7 +90,7 @@ class EngineServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *self._flags(gpu)]
         with self.log_path.open("wb") as log:
-            environment = server_environment(gpu=gpu)
+            environment = server_environment(gpu=gpu, adapters_change=self.spec.adapter_slots > 0)
             self._process = start_group(command, log=log, environment=environment)
         try:
             self._wait_ready(started_s)
@@ -109,6 +114,45 @@ class EngineServer:
         if process is not None:
             end_group(process)
 
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Have the engine know a further adapter by a name that it has not had yet, now and
+        whenever it is started again; its folder has to stay as it is meanwhile.
+
+        Raises ModelError when it does not fit, or has no room.
+        """
+        spec = self.spec
+        if len(spec.adapters) >= spec.adapter_slots:
+            raise ModelError(
+                f"the engine holds {len(spec.adapters)} adapters, as many as it has room for; "
+                "raise adapter_slots of its upstream, or take one of its routes elsewhere first"
+            )
+        if self.is_alive:
+            check_later_adapter(spec.model, folder, self._arguments)
+            self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self.spec = replace(spec, adapters={**spec.adapters, name: folder})
+
+    def remove_adapter(self, name: str) -> None:
+        """Have the engine forget an adapter that no request asks for any more."""
+        kept = {other: folder for other, folder in self.spec.adapters.items() if other != name}
+        self.spec = replace(self.spec, adapters=kept)
+        if self.is_alive:
+            self._post("unload_lora_adapter", {"lora_name": name})
+
+    def _post(self, path: str, body: dict[str, str]) -> None:
+        request = urllib.request.Request(
+            f"{self.url}/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_ADAPTER_TIMEOUT_S):
+                return
+        except urllib.error.HTTPError as error:
+            said = error.read().decode("utf-8", "replace")
+            raise ModelError(f"vLLM refuses {body['lora_name']}: {said}") from error
+        except OSError as error:
+            raise TunesmithError(f"the engine does not answer: {error}") from error
+
     def _wait_ready(self, started_s: float) -> None:
         timeout_s = self.spec.settings.start_timeout_s
         while not _is_healthy(f"http://{_HOST}:{self._port}/health"):
@@ -124,7 +168,8 @@ class EngineServer:
 
     def _flags(self, gpu: bool) -> list[str]:
         spec = self.spec
-        arguments: dict[str, Any] = engine_arguments(spec, gpu=gpu) | {
+        self._arguments = engine_arguments(spec, gpu=gpu)
+        arguments: dict[str, Any] = self._arguments | {
             "host": _HOST,
             "port": self._port,
             "served_model_name": spec.served_name,
@@ -138,6 +183,9 @@ class EngineServer:
         if spec.adapter:
             arguments["served_model_name"] = f"{spec.served_name}.base"
             arguments["lora_modules"] = f"{spec.served_name}={spec.adapter}"
+        elif spec.adapters:
+            named = spec.adapters.items()
+            arguments["lora_modules"] = [f"{name}={path}" for name, path in named if path]
         return command_line(arguments)
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.errors import ModelError, require
+from tunesmith.config.errors import ModelError
 from tunesmith.config.schema.engine import Engine
-from tunesmith.engine.fit import check_adapter, check_device
+from tunesmith.engine.adapters import adapter_arguments
+from tunesmith.engine.fit import check_device
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
-# The ranks that vLLM has room for (`vllm.config.lora.MaxLoRARanks`).
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# More of them in one step cost memory for each; those beyond are swapped in.
-_ADAPTERS_AT_ONCE = 4
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -40,6 +35,9 @@ class EngineSpec:
     adapters: Mapping[str, Path | None] = field(default_factory=dict)
     """Folders of further adapters by the names that single requests ask for; None is the model
     without any."""
+
+    adapter_slots: int = 0
+    """Adapters that a server may hold while they come and go; 0 where they stay as they are."""
 
     embeds: bool = False
     """Whether the model gives embeddings in place of answers."""
@@ -137,39 +135,5 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
     if spec.embeds:
         arguments |= {"runner": "pooling", "convert": "embed"}
     if adapters := spec.all_adapters:
-        # On a CPU vLLM gives a request without an adapter the one in the last slot when others of
-        # the step have one (`lora_ops.bgmv_expand` indexes by -1), so that slot stays empty.
-        slots = min(len(adapters), _ADAPTERS_AT_ONCE) if gpu else len(adapters) + 1
-        for adapter in adapters:
-            check_adapter(spec.model, adapter)
-        arguments |= {
-            "enable_lora": True,
-            "max_loras": slots,
-            "max_cpu_loras": max(slots, len(adapters)),
-            "max_lora_rank": max(map(_lora_rank, adapters)),
-            # Without this vLLM also wraps the output head, after which it computes the
-            # log-probabilities of prompts wrongly or stops (vllm#29955, vllm#51594).
-            "lora_target_modules": sorted({*chain.from_iterable(map(_adapted_modules, adapters))}),
-        }
+        arguments |= adapter_arguments(spec.model, adapters, spec.adapter_slots, gpu=gpu)
     return arguments
-
-
-def _adapted_modules(adapter: Path) -> set[str]:
-    """Last parts of the names of the layers that the adapter changes."""
-    safetensors = require("safetensors", "infer")
-    with safetensors.safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
-        layers = {name.partition(".lora_")[0] for name in file.keys() if ".lora_" in name}  # noqa: SIM118
-    return {layer.rpartition(".")[2] for layer in layers}
-
-
-def _lora_rank(adapter: Path) -> int:
-    """The adapter's rank, rounded up to one that vLLM has room for."""
-    path = adapter / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rank = max(config["r"], *config.get("rank_pattern", {}).values(), 1)
-    if rank > _LORA_RANKS[-1]:
-        raise ModelError(
-            f"{path}: rank {rank} is above {_LORA_RANKS[-1]}, the most that vLLM serves; "
-            "serve the merged model, or train with a smaller train.lora.r"
-        )
-    return next(allowed for allowed in _LORA_RANKS if allowed >= rank)

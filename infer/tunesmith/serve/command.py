@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -14,67 +15,54 @@ from aiohttp import web
 
 from tunesmith.config import UserError
 from tunesmith.config.schema.serve import Serve
-from tunesmith.engine import EngineServer, engine_spec
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
-from tunesmith.pipeline.verdict import require_approval
+from tunesmith.serve.build import Builder
+from tunesmith.serve.fleet import Fleet
+from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
-from tunesmith.serve.govern.measure import Measure
-from tunesmith.serve.govern.price import find_price
-from tunesmith.serve.listen import bind, read_key, url_of
-from tunesmith.serve.supervisor import Supervisor
+from tunesmith.serve.listen import bind, read_key, tls_context, url_of
 from tunesmith.terminal import log, make_table
 
 
 def run(stages: Stages) -> dict[str, Any]:
-    """Serve one model of the recipe; returns what was served once it was told to stop."""
+    """Serve the models of the recipe; returns what was served once it was told to stop."""
     section = stages.recipe.serve
     if section is None:
         raise UserError(f"{stages.path}: this needs a serve section")
     api_key = read_key(section)
-    has_gpu_engine()
-    variant, draft = stages.variant(section.model)
-    require_approval(stages, variant)
-    spec = engine_spec(stages, section.model)
+    tls = tls_context(section)
+    if any(not one.url for one in section.upstreams.values()) or not section.upstreams:
+        has_gpu_engine()
+    fleet = Builder(stages, section).fleet()
+    served = dict(fleet.table.upstreams)
     with bind(section) as listener:
-        log_path = stages.store.folder / "serve" / f"engine-{section.port}.log"
-        server = EngineServer(spec, log_path=log_path)
-        log(f"serve: loading {variant} ({draft.id}); the engine's log is {log_path}")
+        for name, host in fleet.engines.items():
+            path = host.supervisor.server.log_path
+            log(f"serve: loading {name} ({served[name].artifact_id}); the engine's log is {path}")
         started_s = time.monotonic()
-        supervisor = Supervisor(server)
         folder = stages.store.folder / "serve"
         database = open_gateway(stages.store.folder)
         with Journal(database, folder, rows_per_file=section.log.rows_per_file) as journal:
-            governance = Governance(
-                section,
-                database,
-                journal,
-                Measure.load(
-                    spec.model, spec.chat_template, trust_remote_code=spec.trust_remote_code
-                ),
-                artifact_id=draft.id,
-                price=find_price(stages, variant),
-            )
+            governance = Governance(section, database, journal, fleet)
             gateway = Gateway(
-                supervisor,
+                fleet,
                 governance,
-                model_name=spec.served_name,
-                artifact_id=draft.id,
                 api_key=api_key,
                 asks_keys=section.keys,
                 max_open_requests=section.max_open_requests,
             )
-            asyncio.run(_serve(section, listener, supervisor, gateway))
+            asyncio.run(_serve(section, listener, tls, fleet, gateway))
     return {
-        "id": draft.id,
-        "variant": variant,
-        "model": spec.served_name,
+        "id": ", ".join(one.artifact_id for one in served.values()),
+        "variant": stages.variant(section.model)[0] if not section.upstreams else None,
+        "model": ", ".join(fleet.table.routes),
         "url": url_of(section),
         "requests": gateway.requests,
-        "engine_restarts": supervisor.restarts,
+        "engine_restarts": fleet.restarts,
         "log_dropped": journal.dropped,
         "seconds": round(time.monotonic() - started_s, 3),
     }
@@ -90,11 +78,15 @@ def show(result: dict[str, Any]) -> Any:
         ("lines of the request log lost", result["log_dropped"]),
         ("seconds", f"{result['seconds']:,.1f}"),
     ]
-    return make_table("Served", ("", result["variant"]), rows)
+    return make_table("Served", ("", result["variant"] or "upstreams"), rows)
 
 
 async def _serve(
-    section: Serve, listener: socket.socket, supervisor: Supervisor, gateway: Gateway
+    section: Serve,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
+    fleet: Fleet,
+    gateway: Gateway,
 ) -> None:
     """Answer until the first SIGINT or SIGTERM, then drain; a second one cuts the drain short.
 
@@ -112,20 +104,28 @@ async def _serve(
         gateway.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
-    await web.SockSite(runner, listener).start()
-    engine = supervisor.start()
+    await Site(
+        runner,
+        listener,
+        head_timeout_s=section.read_timeout_s,
+        refused=gateway.governance.refused,
+        ssl_context=tls,
+    ).start()
+    started_s = time.monotonic()
+    running = asyncio.create_task(fleet.run())
     try:
-        await _first(engine, supervisor.became_ready.wait(), stop.wait())
-        if supervisor.is_ready:
-            _announce(section, supervisor.server.spec.served_name, supervisor.server.load_s)
-        await _first(engine, stop.wait())
+        await _first(running, fleet.became_ready.wait(), stop.wait())
+        if fleet.became_ready.is_set():
+            _announce(section, list(fleet.table.routes), time.monotonic() - started_s)
+        await _first(running, stop.wait())
         if stop.is_set():
             log("serve: stopping; open requests may finish (Ctrl-C again cuts them)")
             await _first(gateway.drain(section.drain_timeout_s), stop_now.wait())
         else:
-            engine.result()
+            running.result()
     finally:
-        await supervisor.stop()
+        await fleet.stop()
+        running.cancel()
         await runner.cleanup()
 
 
@@ -138,11 +138,11 @@ async def _first(*waits: Any) -> None:
             task.cancel()
 
 
-def _announce(section: Serve, model: str, load_s: float) -> None:
+def _announce(section: Serve, models: list[str], load_s: float) -> None:
     url = url_of(section)
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    body = json.dumps({"model": models[0], "messages": [{"role": "user", "content": "Hello"}]})
     key = f' -H "Authorization: Bearer ${section.api_key_env}"' if section.api_key_env else ""
-    log(f"serve: ready after {load_s:.1f} s: {url} model {model}")
+    log(f"serve: ready after {load_s:.1f} s: {url} model {', '.join(models)}")
     log(
         f"try: curl {url}/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(body)}"

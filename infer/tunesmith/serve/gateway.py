@@ -1,4 +1,4 @@
-"""The HTTP side: who may ask, what is ready, and bytes passed through to the engine unchanged."""
+"""The HTTP side: who may ask, what is ready, and which upstreams a request goes to."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 from aiohttp import web
 
-from tunesmith.serve.errors import ApiError, shape_errors
+from tunesmith.serve.errors import SERVER, ApiError, shape_errors
+from tunesmith.serve.forward import forward
+from tunesmith.serve.front.intake import check_body, check_path, read_body
+from tunesmith.serve.front.openapi import document
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.keys import Key
 from tunesmith.serve.govern.usage import Ask, read_ask
-from tunesmith.serve.relay import RETRY_AFTER_S, lost, relay
-from tunesmith.serve.supervisor import Supervisor
+from tunesmith.serve.relay import RETRY_AFTER_S
+from tunesmith.serve.routes import Route, Tables
+from tunesmith.serve.upstream import held
 
-_LARGEST_BODY_BYTES = 32 * 2**20
-_TO_ENGINE = ("Content-Type", "Accept")
+_MIB = 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _RELOAD_INTERVAL_S = 0.5
+_VISIT = web.RequestKey("visit", Visit)
 
 
 class Gateway:
-    """One model behind the OpenAI API."""
+    """Models behind the OpenAI API."""
 
     def __init__(
         self,
-        supervisor: Supervisor,
+        tables: Tables,
         governance: Governance,
         *,
-        model_name: str,
-        artifact_id: str,
         api_key: str | None = None,
         asks_keys: bool = False,
         max_open_requests: int = 0,
     ) -> None:
-        self._supervisor = supervisor
-        self._governance = governance
-        self._model_name = model_name
-        self._artifact_id = artifact_id
+        self._tables = tables
+        self.governance = governance
         self._api_key = api_key.encode() if api_key else None
         self._asks_keys = asks_keys
         self._max_open = max_open_requests
-        self._max_model_len: int | None = None
         self._created = int(time.time())
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
-        self._engine: aiohttp.ClientSession
+        self._client: aiohttp.ClientSession
         self.requests = 0
-        """Requests that reached the engine."""
+        """Requests that were taken."""
 
     def app(self) -> web.Application:
         """The routes; everything else is an error in OpenAI's shape."""
-        app = web.Application(middlewares=[shape_errors], client_max_size=_LARGEST_BODY_BYTES)
+        section = self.governance.section
+        app = web.Application(
+            middlewares=[shape_errors(self._refused)],
+            client_max_size=section.max_body_mib * _MIB,
+        )
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
@@ -86,7 +90,7 @@ class Gateway:
             timeout=timeout,
             auto_decompress=False,
             headers={"Accept-Encoding": "identity"},
-        ) as self._engine:
+        ) as self._client:
             yield
 
     async def _fresh_keys(self, _app: web.Application) -> AsyncIterator[None]:
@@ -95,87 +99,111 @@ class Gateway:
         async def reload() -> None:
             while True:
                 await asyncio.sleep(_RELOAD_INTERVAL_S)
-                await asyncio.to_thread(self._governance.reload)
+                await asyncio.to_thread(self.governance.reload)
 
         task = asyncio.create_task(reload()) if self._asks_keys else None
         yield
         if task:
             task.cancel()
 
-    async def _name_artifact(self, _request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["x-tunesmith-artifact"] = self._artifact_id
+    async def _name_artifact(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Say what answered, where one thing did or would have."""
+        response.headers["Server"] = SERVER
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        visit: Visit | None = request.get(_VISIT)
+        if arm := visit.arm if visit else self._tables.table.sole:
+            response.headers["x-tunesmith-artifact"] = arm.artifact_id
+        if visit and visit.route and arm:
+            response.headers["x-tunesmith-route"] = visit.route
+            response.headers["x-tunesmith-arm"] = arm.name
+
+    def _refused(self, request: web.Request, status: int) -> None:
+        """Log what was refused before it became a visit, which logs itself."""
+        if _VISIT not in request:
+            self.governance.refused(request.method, request.path, status)
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        """What this server offers, for tools that read it; it tells nothing of the model."""
+        return web.json_response(document())
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         """Whether this process answers."""
         return web.json_response({"status": "ok"})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        """Whether a request sent now would be answered."""
-        self._check_ready()
-        return web.json_response({"status": "ready", "model": self._model_name})
+        """Whether a request sent now would be answered, whatever model it asks for."""
+        table = self._tables.table
+        self._check_ready(*table.routes.values())
+        names = list(table.routes)
+        return web.json_response({"status": "ready", "model": names[0], "models": names})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         """For Prometheus, which can be given a key to send."""
         self._caller(request)
-        is_ready = self._supervisor.is_ready and not self._is_draining
-        text = self._governance.metrics.text(open_requests=self._open, is_ready=is_ready)
+        table = self._tables.table
+        is_ready = not self._is_draining and all(map(table.is_ready, table.routes.values()))
+        text = self.governance.metrics.text(
+            open_requests=self._open, is_ready=is_ready, upstreams=table.upstreams.values()
+        )
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, request: web.Request) -> web.Response:
         self._caller(request)
-        model = {
-            "id": self._model_name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "tunesmith",
+        models = {
+            name: {"id": name, "object": "model", "created": self._created, "owned_by": "tunesmith"}
+            for name in self._tables.table.routes
         }
         asked = request.match_info.get("model")
         if asked is None:
-            return web.json_response({"object": "list", "data": [model]})
-        if asked == self._model_name:
-            return web.json_response(model)
-        message = f"no model {asked!r} here; there is {self._model_name!r}"
-        raise ApiError(404, message, "model_not_found")
+            return web.json_response({"object": "list", "data": list(models.values())})
+        if asked in models:
+            return web.json_response(models[asked])
+        raise self._unknown(asked)
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
-        """Pass one request to the engine and its answer back, chunk by chunk as it comes."""
+        """Pass one request to an upstream and its answer back, piece by piece as it comes."""
         given = request.headers.get("X-Request-Id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         visit = Visit(request_id, request.method, request.match_info["path"], None, Ask(b""))
-        with self._governance.visit(visit):
+        visit.arm = self._tables.table.sole
+        request[_VISIT] = visit
+        with self.governance.visit(visit):
+            check_path(visit.path)
             visit.key = self._caller(request)
             self._check_ready()
             self._check_room()
             with self._counted():
-                visit.ask = read_ask(visit.path, await request.read())
-                if visit.key:
-                    await self._governance.admit(visit, await self._model_len())
+                timeout_s = self.governance.section.read_timeout_s
+                visit.ask = read_ask(visit.path, await read_body(request, timeout_s))
+                check_body(visit.path, visit.ask)
                 return await self._answer(request, visit)
 
     async def _answer(self, request: web.Request, visit: Visit) -> web.StreamResponse:
-        url = f"{self._supervisor.server.url}/{visit.path}"
-        headers = {name: request.headers[name] for name in _TO_ENGINE if name in request.headers}
-        visit.is_sent = True
-        try:
-            answer = await self._engine.request(
-                request.method,
-                url,
-                params=request.query,
-                data=visit.ask.body,
-                headers=headers | {"X-Request-Id": visit.request_id},
+        table = self._tables.table
+        route = table.find(visit.ask.model)
+        if route is None:
+            raise self._unknown(str(visit.ask.model))
+        self._check_ready(route)
+        visit.route = route.name
+        upstreams = table.arms(route.order(route.choose(_identity(visit, route))))
+        visit.first = visit.arm = upstreams[0]
+        with held(upstreams):
+            if visit.key:
+                ready = [one for one in upstreams if one.place.is_ready]
+                lengths = {one.name: (one, await one.model_len(self._client)) for one in ready}
+                await self.governance.admit(visit, lengths)
+            return await forward(
+                self._client,
+                request,
+                visit,
+                upstreams,
+                timeout_s=route.timeout_s,
+                keep=self.governance.keeps_payload,
             )
-        except aiohttp.ClientError:
-            return lost(visit)
-        async with answer:
-            return await relay(request, answer, visit, keep=self._governance.keeps_payload)
 
-    async def _model_len(self) -> int:
-        """The longest prompt and answer together, as the engine says; it is asked once."""
-        if self._max_model_len is None:
-            async with self._engine.get(f"{self._supervisor.server.url}/models") as answer:
-                (model, *_) = (await answer.json())["data"]
-                self._max_model_len = int(model["max_model_len"])
-        return self._max_model_len
+    def _unknown(self, model: str) -> ApiError:
+        there = ", ".join(map(repr, self._tables.table.routes))
+        return ApiError(404, f"no model {model!r} here; there is {there}", "model_not_found")
 
     def _caller(self, request: web.Request) -> Key | None:
         """The key that a request shows; None where it needs none. Raises ApiError on others."""
@@ -188,17 +216,25 @@ class Gateway:
                 text.encode("utf-8", "replace"), self._api_key
             ):
                 return None
-            if self._asks_keys and (key := self._governance.find(text)):
+            if self._asks_keys and (key := self.governance.find(text)):
                 return key
         message = "a wrong API key, or none; send it as: Authorization: Bearer KEY"
         raise ApiError(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
-    def _check_ready(self) -> None:
-        """Raises ApiError while there is no engine to ask, or no longer one for new requests."""
+    def _check_ready(self, *routes: Route) -> None:
+        """Raises ApiError while nobody is there to ask, for each of the routes or for any at all,
+        or no longer for new requests."""
+        table = self._tables.table
+        is_ready = (
+            all(map(table.is_ready, routes))
+            if routes
+            else any(one.place.is_ready for one in table.upstreams.values())
+        )
         if self._is_draining:
             message, code = "the server is shutting down", "shutting_down"
-        elif not self._supervisor.is_ready:
-            message, code = f"{self._model_name} is being loaded; try again soon", "loading"
+        elif not is_ready:
+            loading = [route.name for route in routes or table.routes.values()]
+            message, code = f"{', '.join(loading)} is being loaded; try again soon", "loading"
         else:
             return
         raise ApiError(503, message, code, {"Retry-After": RETRY_AFTER_S})
@@ -220,3 +256,11 @@ class Gateway:
             self._open -= 1
             if not self._open:
                 self._idle.set()
+
+
+def _identity(visit: Visit, route: Route) -> str | None:
+    """Whose requests stay together."""
+    if route.sticky == "key":
+        return visit.key.id if visit.key else None
+    user = visit.ask.fields.get("user") if route.sticky == "user" else None
+    return user if isinstance(user, str) and user else None

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import ssl
 
 from tunesmith.config import UserError
 from tunesmith.config.schema.serve import Serve
@@ -56,10 +57,29 @@ def bind(section: Serve) -> socket.socket:
     return listener
 
 
+def tls_context(section: Serve) -> ssl.SSLContext | None:
+    """TLS 1.2 or newer with the recipe's certificate; None for plain HTTP. Raises UserError."""
+    if section.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(section.tls.certificate, section.tls.key, password=_no_passphrase)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"serve.tls: {section.tls.certificate} and {section.tls.key} are not a certificate in "
+            f"PEM form and its private key: {error}"
+        ) from error
+    return context
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase, which nobody could type when the server starts")
+
+
 def url_of(section: Serve) -> str:
     """Base URL for clients."""
     host = f"[{section.host}]" if ":" in section.host else section.host
-    return f"http://{host}:{section.port}/v1"
+    return f"{'https' if section.tls else 'http'}://{host}:{section.port}/v1"
 
 
 def _is_loopback(host: str) -> bool:

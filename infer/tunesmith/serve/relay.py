@@ -20,9 +20,15 @@ _LARGEST_READ_BYTES = 16 * 2**20
 
 
 async def relay(
-    request: web.Request, answer: aiohttp.ClientResponse, visit: Visit, *, keep: bool
+    request: web.Request,
+    answer: aiohttp.ClientResponse,
+    first: bytes,
+    visit: Visit,
+    *,
+    keep: bool,
 ) -> web.StreamResponse:
-    """Pass an answer on and note in `visit` what it says; `keep` its bytes there too."""
+    """Pass an answer, of which the first piece is here, on and note in `visit` what it says; `keep`
+    its bytes there too."""
     headers = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
     response = web.StreamResponse(
         status=answer.status, headers=headers | {"X-Request-Id": visit.request_id}
@@ -31,10 +37,6 @@ async def relay(
     reader = EventReader(visit.ask, visit.usage) if is_stream else None
     response.content_length = None if is_stream else answer.content_length
     whole = bytearray()
-    try:
-        first = await answer.content.readany()
-    except aiohttp.ClientError:
-        return lost(visit)
     await response.prepare(request)
     try:
         chunk = first

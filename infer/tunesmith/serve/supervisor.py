@@ -29,6 +29,11 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        """Where the engine answers while it is ready."""
+        return self.server.url
+
     def start(self) -> asyncio.Task[None]:
         """Begin. The task ends by `stop`, or with the error of a first start that failed."""
         self._task = asyncio.create_task(self._run())

@@ -1,5 +1,6 @@
 """`tunesmith run` from data to report, again without work, and after a kill."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import yaml
 from tunesmith.config import load_recipe
 from tunesmith.ledger import Store
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.run import steps
 
 HALF_MADE = {
     "data": "scratch",
@@ -58,9 +60,9 @@ def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def run(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def tunesmith(command: str, path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tunesmith.cli", "run", path.name, *overrides, "--json"],
+        [sys.executable, "-m", "tunesmith.cli", command, path.name, *overrides, "--json"],
         capture_output=True, text=True, cwd=path.parent, timeout=540,
     )  # fmt: skip
 
@@ -69,11 +71,19 @@ def run(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 def first(
     tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: list[dict[str, Any]]
 ) -> tuple[Path, dict[str, Any]]:
-    """A finished run."""
+    """A run that was killed in the middle of each stage, and then finished by the same command."""
     path = write_recipe(tmp_path_factory.mktemp("run"), llama, rows)
-    done = run(path)
+    work = path.parent / ".tunesmith" / "work"
+    with contextlib.chdir(path.parent):
+        stages = Stages(load_recipe(path))
+        ids = {draft.label: draft.id for step in steps(stages) for draft in step.makes}
+    for label, begun in HALF_MADE.items():
+        kill_when(path, work / ids[label], begun)
+    done = tunesmith("run", path)
     assert done.returncode == 0, done.stderr[-4000:]
-    return path, json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["ids"] == ids
+    return path, result
 
 
 def test_every_section_leaves_its_artifact_and_the_report(
@@ -99,7 +109,7 @@ def test_a_second_run_does_nothing_and_has_the_same_ids(
     first: tuple[Path, dict[str, Any]],
 ) -> None:
     path, result = first
-    again = run(path)
+    again = tunesmith("run", path)
     assert again.returncode == 0
     assert json.loads(again.stdout)["ids"] == result["ids"]
     assert ": making" not in again.stderr
@@ -130,24 +140,21 @@ def test_a_changed_byte_of_data_gives_new_ids_downstream_and_keeps_the_base(
         rows.write_text(whole)
 
 
-def test_kill_9_in_the_middle_of_each_stage_and_the_same_command_finishes(
+def test_what_was_killed_left_nothing_behind_and_the_adapter_of_a_whole_training(
     first: tuple[Path, dict[str, Any]], llama: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    path, ids = write_recipe(tmp_path, llama, rows), first[1]["ids"]
-    store = Store(tmp_path / ".tunesmith")
-    for label, begun in HALF_MADE.items():
-        kill_when(path, tmp_path / ".tunesmith" / "work" / ids[label], begun)
-    done = run(path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout)["ids"] == ids
-    for artifact in ids.values():
-        assert store.verify(artifact)[1] == []
-    made = {folder.name for folder in (tmp_path / ".tunesmith" / "artifacts").iterdir()}
-    assert made == {folder.name for folder in (first[0].parent / ".tunesmith/artifacts").iterdir()}
+    path, result = first
+    killed, ids = Store(path.parent / ".tunesmith"), result["ids"]
+    made = {folder.name for folder in (path.parent / ".tunesmith" / "artifacts").iterdir()}
+    assert made == set(ids.values())
+    assert not list((path.parent / ".tunesmith" / "work").glob("*/scratch"))
+    whole = write_recipe(tmp_path, llama, rows)
+    for stage in ("data", "train"):
+        done = tunesmith(stage, whole)
+        assert done.returncode == 0, done.stderr[-4000:]
+    reference = Store(tmp_path / ".tunesmith").get(ids["adapter"])
     weights = "adapter_model.safetensors"
-    reference = Store(first[0].parent / ".tunesmith").get(ids["adapter"])
-    assert store.get(ids["adapter"]).manifest.files[weights] == reference.manifest.files[weights]
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 5
+    assert killed.get(ids["adapter"]).manifest.files[weights] == reference.manifest.files[weights]
 
 
 def kill_when(path: Path, work: Path, begun: str) -> None:

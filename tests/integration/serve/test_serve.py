@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,7 +137,7 @@ def test_models_chat_and_stream_with_the_official_client(served: Served) -> None
         raw = client.chat.completions.with_raw_response.create(**asked)
         assert raw.headers["x-tunesmith-artifact"] == served.artifact
         whole = raw.parse()
-        assert whole.model == "test" and whole.usage
+        assert re.fullmatch(r"test@[0-9a-f]{12}", whole.model) and whole.usage
         assert whole.usage.completion_tokens == 12
         assert whole.choices[0].finish_reason == "length"
         pieces = list(

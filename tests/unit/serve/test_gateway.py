@@ -76,7 +76,7 @@ async def error_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
 
 @asynchronous
 async def test_bytes_go_through_unchanged_both_ways() -> None:
-    body = json.dumps({"prompt": "é", "odd": [1.0, None]}).encode()
+    body = json.dumps({"model": "bot", "prompt": "é", "odd": [1.0, None]}).encode()
     async with running() as (engine, gateway, client):
         headers = {"Content-Type": "application/json", "Authorization": "Bearer x", "Cookie": "a"}
         async with client.post("/v1/echo?a=1&a=2", data=body, headers=headers) as response:

@@ -201,7 +201,7 @@ async def test_who_may_not_ask_is_told_why_and_logged() -> None:
             async with client.get(path) as response:
                 assert response.status == 401
         logged = Counter(line["status"] for line in served.lines())
-        assert logged[403] == 1 and logged[429] == 1 and logged[401] == 2
+        assert logged[403] == 1 and logged[429] == 1 and logged[401] == 4
 
 
 @asynchronous

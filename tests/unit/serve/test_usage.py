@@ -43,8 +43,11 @@ def read(options: dict[str, Any] | None, cuts: list[int]) -> tuple[bytes, Usage]
     if options is not None:
         body["stream_options"] = options
     ask, usage = read_ask("chat/completions", json.dumps(body).encode()), Usage()
-    sent = json.loads(ask.body)["stream_options"]
+    sent = json.loads(ask.sent("m", to_vllm=True))["stream_options"]
     assert sent["include_usage"] and sent["continuous_usage_stats"]
+    elsewhere = json.loads(ask.sent("there", to_vllm=False))
+    assert elsewhere["model"] == "there" and elsewhere["stream_options"]["include_usage"]
+    assert ask.wants_every_usage or "continuous_usage_stats" not in elsewhere["stream_options"]
     reader = EventReader(ask, usage)
     raw = b"".join(event(**one) for one in (*PIECES, LAST)) + b"data: [DONE]\n\n"
     edges = [0, *sorted(cut % len(raw) for cut in cuts), len(raw)]
@@ -107,7 +110,7 @@ def test_whole_answers(answer: dict[str, Any], prompt: int, cached: int, output:
 @given(st.binary(max_size=60))
 def test_what_is_not_understood_goes_through_as_it_is(body: bytes) -> None:
     ask = read_ask("chat/completions", body)
-    assert ask.body == body and not ask.is_stream
+    assert ask.sent("m", to_vllm=True) == ask.body == body and not ask.is_stream
     reader = EventReader(ask, Usage())
     assert reader.feed(body) + reader.close() == body
 

@@ -63,7 +63,12 @@ class Recipe(Section):
     @property
     def serves_adapter(self) -> bool:
         """Whether any section has the engine load the adapter over its base."""
-        asked: list[str | None] = [part.model for part in (self.batch, self.serve) if part]
+        asked: list[str | None] = [self.batch.model] if self.batch else []
+        if self.serve and self.serve.upstreams:
+            served = self.serve.upstreams.values()
+            asked += ["adapter" if one.adapter else one.model for one in served if not one.url]
+        elif self.serve:
+            asked.append(self.serve.model)
         asked += self.batch.adapters.values() if self.batch else []
         asked += (self.evaluate.variants or [None]) if self.evaluate else []
         asked += [None] if self.bench else []

@@ -48,13 +48,17 @@ def read_log(engine: Engine, folder: Path, columns: list[str], since_s: float = 
     compute = require("pyarrow.compute", "infer")
     wanted = list(dict.fromkeys(("seq", "at_s", *columns)))
     parquet = require("pyarrow.parquet", "infer")
-    parts = [parquet.read_table(path, columns=wanted) for path in _files(folder)]
+    parts = [
+        # Files keep the columns that the log had when they were written.
+        parquet.read_table(path, columns=[*({*wanted} & {*parquet.read_schema(path).names})])
+        for path in _files(folder)
+    ]
     query = sa.select(*(requests.c[name] for name in wanted)).where(
         requests.c.seq > _archived(folder)
     )
     with engine.connect() as db:
         parts.append(_table([dict(row) for row in db.execute(query).mappings()]).select(wanted))
-    whole = pyarrow.concat_tables(parts, promote_options="default")
+    whole = pyarrow.concat_tables(parts, promote_options="default").select(wanted)
     return whole.filter(compute.greater_equal(whole["at_s"], since_s))
 
 

@@ -80,6 +80,12 @@ requests = sa.Table(
     sa.Column("duration_s", sa.Float, nullable=False),
     sa.Column("request_body", sa.Text),
     sa.Column("response_body", sa.Text),
+    sa.Column("route", sa.String(200)),
+    sa.Column("arm", sa.String(200)),
+    sa.Column("version", sa.String(200)),
+    sa.Column("attempts", sa.Integer),
+    sa.Column("purpose", sa.String(16)),
+    sa.Column("experiment", sa.String(200)),
     # Files are named after these numbers, so none may come twice.
     sqlite_autoincrement=True,
 )
@@ -93,4 +99,17 @@ def open_gateway(store: Path) -> Engine:
     path.touch(mode=0o600)
     engine = open_database(f"sqlite:///{path}")
     _schema.create_all(engine)
+    _add_columns(engine)
     return engine
+
+
+def _add_columns(engine: Engine) -> None:
+    """Give the tables of a database that an older version made the columns that came later; such
+    columns are always nullable."""
+    with engine.begin() as db:
+        for table in _schema.sorted_tables:
+            there = {column["name"] for column in sa.inspect(db).get_columns(table.name)}
+            for column in table.columns:
+                if column.name not in there:
+                    kind = column.type.compile(engine.dialect)
+                    db.execute(sa.text(f'ALTER TABLE "{table.name}" ADD "{column.name}" {kind}'))

@@ -30,6 +30,9 @@ from tunesmith.terminal import log
 Ending = Literal["complete", "error", "disconnected", "refused", "lost"]
 """`error` was the engine's answer, `refused` ours; `lost` is an engine that died meanwhile."""
 
+Purpose = Literal["request", "shadow", "probe"]
+"""A client's own, a copy of it for a second model, or a question of a rollout."""
+
 _FLUSH_INTERVAL_S = 0.2
 _CAPACITY = 20_000
 _COMPLAINT_INTERVAL_S = 60.0
@@ -61,6 +64,18 @@ class Entry:
     duration_s: float
     request_body: str | None = None
     response_body: str | None = None
+    route: str | None = None
+    arm: str | None = None
+    """The upstream that answered."""
+
+    version: str | None = None
+    """What the model is called there: it never names two sets of weights."""
+
+    attempts: int = 0
+    """Upstreams that were asked."""
+
+    purpose: Purpose = "request"
+    experiment: str | None = None
 
 
 class Journal:

@@ -8,7 +8,10 @@ from tunesmith.config import require
 from tunesmith.serve.govern.limits import NANO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from tunesmith.serve.govern.journal import Entry, Journal
+    from tunesmith.serve.upstream import Upstream
 
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -49,8 +52,37 @@ class Metrics:
             "tunesmith_ready", "Whether requests are answered.", registry=registry
         )
 
-    def observe(self, entry: Entry) -> None:
-        """Count a request that has ended."""
+        self._arms = prometheus.Counter(
+            "tunesmith_arm_requests", "Requests by route, the upstream that answered, and ending.",
+            ("route", "arm", "purpose", "ending"), registry=registry,
+        )  # fmt: skip
+        self._fallbacks = prometheus.Counter(
+            "tunesmith_fallbacks", "Times that the next upstream was asked, and why.",
+            ("route", "reason"), registry=registry,
+        )  # fmt: skip
+        self._shadows_dropped = prometheus.Counter(
+            "tunesmith_shadows_dropped", "Copies not made because the second model was busy.",
+            ("route",), registry=registry,
+        )  # fmt: skip
+        self._upstream_ready = prometheus.Gauge(
+            "tunesmith_upstream_ready", "Whether an upstream answers.", ("upstream",),
+            registry=registry,
+        )  # fmt: skip
+        self._upstream_open = prometheus.Gauge(
+            "tunesmith_upstream_open_requests", "Requests open at an upstream.", ("upstream",),
+            registry=registry,
+        )  # fmt: skip
+
+    def drop_shadow(self, route: str) -> None:
+        """Count a copy that was not made."""
+        self._shadows_dropped.labels(route).inc()
+
+    def observe(self, entry: Entry, failures: Sequence[str] = ()) -> None:
+        """Count a request that has ended, after upstreams that failed for these reasons."""
+        if entry.route:
+            self._arms.labels(entry.route, entry.arm, entry.purpose, entry.ending).inc()
+            for reason in failures[: entry.attempts - 1]:
+                self._fallbacks.labels(entry.route, reason).inc()
         self._requests.labels(str(entry.status), entry.ending).inc()
         self._tokens.labels("prompt").inc(entry.prompt_tokens)
         self._tokens.labels("cached").inc(entry.cached_tokens)
@@ -61,8 +93,15 @@ class Metrics:
         if entry.ending != "refused":
             self._duration.observe(entry.duration_s)
 
-    def text(self, *, open_requests: int, is_ready: bool) -> bytes:
+    def text(
+        self, *, open_requests: int, is_ready: bool, upstreams: Iterable[Upstream] = ()
+    ) -> bytes:
         """The exposition format."""
+        self._upstream_ready.clear()
+        self._upstream_open.clear()
+        for one in upstreams:
+            self._upstream_ready.labels(one.name).set(one.place.is_ready)
+            self._upstream_open.labels(one.name).set(one.open)
         self._open.set(open_requests)
         self._ready.set(is_ready)
         found: bytes = self._text(self._registry)

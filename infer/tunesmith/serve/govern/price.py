@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.config.schema.routes import Upstream
+from tunesmith.config.schema.serve import Serve
 from tunesmith.pipeline import Stages
 
 _NANO_PER_TOKEN = 1000
@@ -18,7 +20,7 @@ class TokenPrice:
     input_usd_per_million_tokens: float
     output_usd_per_million_tokens: float
     source: str
-    """Where they come from: `serve.token_price`, or the id of a benchmark."""
+    """Where they come from: the recipe, or the id of a benchmark."""
 
     def nano_usd(self, prompt_tokens: int, output_tokens: int) -> int:
         """The price of a request, rounded to nano-USD."""
@@ -29,15 +31,18 @@ class TokenPrice:
         return round(usd_per_million * _NANO_PER_TOKEN)
 
 
+def given_price(section: Upstream | None, serve: Serve) -> TokenPrice | None:
+    """What the recipe says: for one upstream, else for all."""
+    given = (section and section.token_price) or serve.token_price
+    if given is None:
+        return None
+    return TokenPrice(
+        given.input_usd_per_million_tokens, given.output_usd_per_million_tokens, "the recipe"
+    )
+
+
 def find_price(stages: Stages, variant: str) -> TokenPrice | None:
-    """The recipe's own price, else what `bench serve` or `bench batch` measured for the variant."""
-    section = stages.recipe.serve
-    if section and (given := section.token_price):
-        return TokenPrice(
-            given.input_usd_per_million_tokens,
-            given.output_usd_per_million_tokens,
-            "serve.token_price",
-        )
+    """What `bench serve` or `bench batch` measured for a model of the recipe."""
     if stages.recipe.bench is None:
         return None
     for mode in ("serve", "batch"):

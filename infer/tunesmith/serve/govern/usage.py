@@ -1,8 +1,8 @@
 """What a request asks for and what its answer used, read from the bytes that pass by. Pure.
 
-vLLM tells the tokens of a stream only when asked, so streams are always asked for them with every
-piece: then a client that leaves in the middle is charged what the engine did for it. What the
-client did not ask for is cut out again, and all other bytes are those of the engine.
+Engines tell the tokens of a stream only when asked, so streams are always asked for them, and
+vLLM's with every piece: then a client that leaves in the middle is charged what the engine did for
+it. What the client did not ask for is cut out again, and all other bytes are those of the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Ask:
     """What matters of a request's body."""
 
     body: bytes
-    """As it goes to the engine."""
+    """As the client sent it."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     """The body as JSON; empty when it is not an object."""
@@ -32,6 +32,20 @@ class Ask:
 
     wants_every_usage: bool = False
     """Whether it asked for it with every piece."""
+
+    adds_usage: bool = False
+    """Whether an engine is asked for the usage of the stream in any case."""
+
+    def sent(self, model: str, *, to_vllm: bool) -> bytes:
+        """The body for an upstream where the model is called `model`; the client's own bytes where
+        nothing of them has to change."""
+        changed: dict[str, Any] = {}
+        if self.fields and self.fields.get("model") != model:
+            changed["model"] = model
+        if self.adds_usage:
+            added = {"include_usage": True} | ({"continuous_usage_stats": True} if to_vllm else {})
+            changed["stream_options"] = (self.fields.get("stream_options") or {}) | added
+        return json.dumps(self.fields | changed).encode() if changed else self.body
 
     @property
     def model(self) -> str | None:
@@ -59,7 +73,7 @@ def read_ask(path: str, body: bytes) -> Ask:
     `path` is what follows `/v1/`.
     """
     try:
-        fields = json.loads(body)
+        fields = json.loads(body.decode())
     except (ValueError, RecursionError):
         return Ask(body)
     if not isinstance(fields, dict):
@@ -70,13 +84,13 @@ def read_ask(path: str, body: bytes) -> Ask:
     if path == "responses" or not isinstance(options, dict | None):
         return Ask(body, fields, is_stream=True, wants_usage=True, wants_every_usage=True)
     wanted = options or {}
-    added = {"include_usage": True, "continuous_usage_stats": True}
     return Ask(
-        json.dumps(fields | {"stream_options": wanted | added}).encode(),
+        body,
         fields,
         is_stream=True,
         wants_usage=wanted.get("include_usage") is True,
         wants_every_usage=wanted.get("continuous_usage_stats") is True,
+        adds_usage=True,
     )
 
 
@@ -88,6 +102,9 @@ class Usage:
     cached_tokens: int = 0
     output_tokens: int = 0
     is_known: bool = False
+    pieces: int = 0
+    """Pieces of a stream that came with a choice: about one for each token."""
+
     response_id: str | None = None
     finish_reason: str | None = None
     error: bool = False
@@ -103,8 +120,11 @@ class Usage:
         answer = inner if isinstance(inner, dict) else answer
         if isinstance(found := answer.get("id"), str):
             self.response_id = found
-        for choice in answer.get("choices") or ():
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        choices = answer.get("choices")
+        self.pieces += bool(choices)
+        for choice in choices if isinstance(choices, list) else ():
+            reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+            self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
         if not isinstance(usage := answer.get("usage"), dict):
             return
         self.is_known = True
