@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from benchmark import describe, finish
-from upstream import Upstream, metered, served
+from upstream import Upstream, metered, serve_forever
 
 from tunesmith.bench.arrivals import gamma_arrivals, poisson_arrivals
 from tunesmith.bench.figures import latencies_ms
@@ -211,23 +211,15 @@ def _stop_now_and_then(generator: Generator) -> None:
 async def _meter(upstream: Upstream, bench: Bench, generator: Generator) -> AsyncIterator[Meter]:
     context = multiprocessing.get_context("spawn")
     near, far = context.Pipe()
-    process = context.Process(target=_serve, args=(upstream, far), daemon=True)
+    process = context.Process(target=serve_forever, args=(upstream, far), daemon=True)
     process.start()
+    far.close()  # so that its death is seen
     try:
         async with metered(near.recv(), bench, generator) as meter:
             yield meter
     finally:
         process.kill()
         process.join()
-
-
-def _serve(upstream: Upstream, pipe: Any) -> None:
-    async def forever() -> None:
-        async with served(upstream) as url:
-            pipe.send(url)
-            await asyncio.Event().wait()
-
-    asyncio.run(forever())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
+import signal
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -15,6 +19,7 @@ from tunesmith.bench.client import open_session
 from tunesmith.bench.generator import Generator
 from tunesmith.bench.measure import Instruments, Meter, Target, open_meter
 from tunesmith.bench.traffic import Prompt
+from tunesmith.config import ModelError
 from tunesmith.config.schema.bench import Bench
 
 INPUT_TOKENS = 20
@@ -167,3 +172,47 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 async def _until(moment_s: float) -> None:
     await asyncio.sleep(max(0.0, moment_s - asyncio.get_running_loop().time()))
+
+
+class FakeEngine:
+    """In the place of `EngineServer`: the stand-in, in a process of its own."""
+
+    upstream = Upstream()
+    """What the next one runs."""
+    starts = 0
+    refused: tuple[str, ...] = ()
+    """Parts of the paths of models that it has no kernel for."""
+
+    def __init__(self, spec: Any, *, log_path: Path) -> None:
+        self.spec, self.load_s, self.url = spec, 0.0, ""
+
+    def __enter__(self) -> FakeEngine:
+        if any(part in str(self.spec.model) for part in self.refused):
+            raise ModelError("no kernel for it")
+        type(self).starts += 1
+        started_s = time.perf_counter()
+        context = multiprocessing.get_context("spawn")
+        near, far = context.Pipe()
+        self._process = context.Process(target=serve_forever, args=(self.upstream, far))
+        self._process.daemon = True
+        self._process.start()
+        far.close()  # so that its death is seen
+        self.url = near.recv()
+        self.load_s = time.perf_counter() - started_s
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def serve_forever(upstream: Upstream, pipe: Any) -> None:
+    """A process' whole work: send the URL and answer until killed."""
+
+    async def forever() -> None:
+        async with served(upstream) as url:
+            pipe.send(url)
+            await asyncio.Event().wait()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(forever())
