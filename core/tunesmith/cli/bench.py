@@ -65,6 +65,12 @@ def bench_all(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson =
     execute("bench", recipe, overrides, as_json, mode="all")
 
 
+@bench_app.command("sweep")
+def bench_sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Many rates and numbers in flight, and the highest rate that keeps the promise."""
+    execute("bench sweep", recipe, overrides, as_json)
+
+
 @bench_app.command("compare")
 def bench_compare(
     first: Annotated[str, typer.Argument(metavar="A", help="ID, ID:MODEL, or a bench.json.")],

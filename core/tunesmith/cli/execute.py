@@ -38,6 +38,7 @@ _COMMANDS = {
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
+    "bench sweep": ("tunesmith.bench.sweep", "infer"),
     "bench train": ("tunesmith.train.bench", "train"),
 }
 

@@ -19,14 +19,14 @@ from tunesmith.pipeline import Stages
 
 SERVICE_S = 0.02
 BENCH = {
-    "requests": 40,
+    "requests": 30,
     "rounds": 2,
     "concurrency": 4,
     "max_tokens": 1,
-    "rates": [20, 200],
+    "rates": [25, 200],
     "concurrencies": [1, 2],
     "slo": {"ttft_p95_ms": 150},
-    "search_tolerance": 0.3,
+    "search_tolerance": 0.5,
 }
 
 
@@ -72,7 +72,7 @@ def test_the_highest_rate_that_keeps_the_promise(
     capacity = 1 / SERVICE_S
     assert found["saturation"]["figures"]["requests_per_s"] == pytest.approx(capacity, rel=0.1)
     kept_rates = {point["request_rate"]: sweep.keeps(point) for point in found["rates"]}
-    assert kept_rates[20] and not kept_rates[200]
+    assert kept_rates[25] and not kept_rates[200]
     assert 0.4 * capacity < found["best"]["request_rate"] < 1.3 * capacity
     assert found["best"]["figures"]["rounds"] == 2
     # A busy machine sells its tokens cheaper than one that waits for requests.
@@ -81,7 +81,7 @@ def test_the_highest_rate_that_keeps_the_promise(
 
     artifact = stages.store.get(result["id"])
     whole = json.loads((artifact.root / "bench.json").read_text())["variants"]["base"]
-    assert len(whole["rates"][0]["samples"]) >= 40
+    assert len(whole["rates"][0]["samples"]) >= 30
     monkeypatch.setattr(rig, "EngineServer", None)
     assert sweep.run(stages) == result
     text = io.StringIO()
@@ -98,7 +98,7 @@ def test_a_search_ends_with_its_time(
     found = sweep.run(changed)["variants"]["base"]
     assert found["search"] == "out of time" and found["best"] is None
     monkeypatch.setattr(FakeEngine, "refused", ("",))
-    other = bench.model_copy(update={"requests": 41})
+    other = bench.model_copy(update={"requests": 31})
     refused = Stages(stages.recipe.model_copy(update={"bench": other}), stages.store)
     with pytest.raises(ModelError, match="no kernel"):
         sweep.run(refused)
