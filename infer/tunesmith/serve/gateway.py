@@ -185,6 +185,9 @@ class Gateway:
             raise self._unknown(str(visit.ask.model))
         self._check_ready(route)
         visit.route = route.name
+        if screen := self.governance.rails.of(route.name):
+            visit.screen = screen
+            visit.ask = await screen.enter(visit.path, visit.method, visit.ask)
         upstreams = table.arms(route.order(route.choose(_identity(visit, route))))
         visit.first = visit.arm = upstreams[0]
         with held(upstreams):

@@ -11,6 +11,7 @@ from aiohttp import web
 from tunesmith.serve.errors import error_body, error_response
 from tunesmith.serve.govern.governance import Visit
 from tunesmith.serve.govern.usage import EventReader, read_answer
+from tunesmith.serve.guard.rails import CUT, Screen
 
 RETRY_AFTER_S = "5"
 _TO_CLIENT = ("Content-Type", "Retry-After", "Cache-Control")
@@ -37,6 +38,9 @@ async def relay(
     reader = EventReader(visit.ask, visit.usage) if is_stream else None
     response.content_length = None if is_stream else answer.content_length
     whole = bytearray()
+    screen = visit.screen if visit.screen and visit.screen.checks_answers else None
+    if screen and not is_stream:
+        return await _checked(request, response, answer, first, visit, screen, keep=keep)
     await response.prepare(request)
     try:
         chunk = first
@@ -44,6 +48,8 @@ async def relay(
             if visit.first_piece_s is None and is_stream:
                 visit.first_piece_s = time.perf_counter() - visit.started_s
             passed = reader.feed(chunk) if reader else chunk
+            if screen and passed:
+                passed = await screen.feed(passed)
             if keep or (reader is None and len(whole) < _LARGEST_READ_BYTES):
                 whole += passed
             if passed:
@@ -52,14 +58,48 @@ async def relay(
     except aiohttp.ClientPayloadError:
         return await _cut(request, response, visit, is_stream=is_stream)
     if reader:
-        if rest := reader.close():
+        rest = reader.close()
+        if screen:
+            rest = await screen.feed(b"", is_last=True)
+            visit.usage.finish_reason = CUT if screen.cuts else visit.usage.finish_reason
+        if rest:
             await response.write(rest)
+            whole += rest if keep else b""
     elif answer.content_type == "application/json":
         read_answer(bytes(whole), visit.usage)
     visit.answer = bytes(whole) if keep else b""
     visit.status = answer.status
     visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
     await response.write_eof()
+    return response
+
+
+async def _checked(
+    request: web.Request,
+    response: web.StreamResponse,
+    answer: aiohttp.ClientResponse,
+    first: bytes,
+    visit: Visit,
+    screen: Screen,
+    *,
+    keep: bool,
+) -> web.StreamResponse:
+    """Pass a whole answer on after the guardrails have seen all of it."""
+    whole = bytearray(first)
+    try:
+        while chunk := await answer.content.readany():
+            whole += chunk
+    except aiohttp.ClientPayloadError:
+        return lost(visit)
+    read_answer(bytes(whole), visit.usage)
+    passed = await screen.whole(bytes(whole))
+    visit.usage.finish_reason = CUT if screen.cuts else visit.usage.finish_reason
+    visit.answer = passed if keep else b""
+    visit.status = answer.status
+    visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
+    response.content_length = len(passed)
+    await response.prepare(request)
+    await response.write_eof(passed)
     return response
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tunesmith.config.schema.base import NonNegative, Positive, Section, Variant
+from tunesmith.config.schema.guardrail import Guardrail
 from tunesmith.config.schema.routes import Rollout, Route, TokenPrice, Upstream
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
@@ -99,6 +100,9 @@ class Serve(Section):
 
     token_price: TokenPrice | None = None
     """Prices for cost and budgets; when null those that the recipe's benchmark measured."""
+
+    guardrails: tuple[Guardrail, ...] = ()
+    """What may not go in or come out."""
 
     log: RequestLog = RequestLog()
     """The request log."""

@@ -80,6 +80,7 @@ requests = sa.Table(
     sa.Column("duration_s", sa.Float, nullable=False),
     sa.Column("request_body", sa.Text),
     sa.Column("response_body", sa.Text),
+    sa.Column("guardrails", sa.Text),
     sa.Column("route", sa.String(200)),
     sa.Column("arm", sa.String(200)),
     sa.Column("version", sa.String(200)),

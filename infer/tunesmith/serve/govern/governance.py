@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from sqlalchemy.engine import Engine
 
-from tunesmith.config import UserError
+from tunesmith.config import UserError, require
 from tunesmith.config.schema.serve import Serve
 from tunesmith.serve.errors import ApiError
 from tunesmith.serve.govern.governor import Governor, Grant, RefusedError
@@ -23,10 +22,12 @@ from tunesmith.serve.govern.limits import Limits, Use
 from tunesmith.serve.govern.measure import most_output_tokens
 from tunesmith.serve.govern.metrics import Metrics
 from tunesmith.serve.govern.usage import Ask, Usage
+from tunesmith.serve.guard.rails import Rails, Screen
 from tunesmith.serve.routes import Tables
 from tunesmith.serve.upstream import Upstream
 
 _DAY_S = 86_400
+_REDACTION_S = 0.05
 
 
 @dataclass
@@ -62,6 +63,9 @@ class Visit:
     """Whether the engine has it."""
 
     usage: Usage = field(default_factory=Usage)
+    screen: Screen | None = None
+    """The guardrails that hold for it."""
+
     status: int = 0
     ending: Ending = "disconnected"
     grant: Grant | None = None
@@ -83,6 +87,7 @@ class Governance:
         self.metrics = Metrics(journal)
         self.observers: list[Callable[[Visit, Entry], None]] = []
         """Told of every request that has ended; they must not take long."""
+        self.rails = Rails(section.guardrails, tables.table.routes)
         self.section, self._engine, self._tables = section, engine, tables
         self._book = read_book(engine)
         upstreams = list(tables.table.upstreams.values())
@@ -90,7 +95,8 @@ class Governance:
         self._governor = Governor(
             read_spending(engine, day), day, longest_wait_s=section.longest_budget_wait_s
         )
-        self._patterns = [re.compile(pattern) for pattern in section.log.redact]
+        regex = require("regex", "infer")
+        self._patterns = [regex.compile(pattern) for pattern in section.log.redact]
         self._fastest_token_s: dict[str, float] = {}
         for key in self._book.keys.values():
             if key.state(time.time()) == "active" and (fault := _unpriced(key, upstreams)):
@@ -189,6 +195,7 @@ class Governance:
             duration_s=duration_s,
             request_body=self._payload(visit.ask.body) if keeps else None,
             response_body=self._payload(visit.answer) if keeps else None,
+            guardrails=visit.screen.describe() if visit.screen else None,
             route=visit.route,
             arm=visit.arm.name if visit.arm and visit.route else None,
             version=visit.arm.model if visit.arm and visit.route else None,
@@ -198,6 +205,8 @@ class Governance:
         )
         self.journal.add(entry, days)
         self.metrics.observe(entry, visit.failures)
+        for place, count in visit.screen.hits.items() if visit.screen else ():
+            self.metrics.guarded(place, count)
         for observe in self.observers:
             observe(visit, entry)
 
@@ -234,8 +243,11 @@ class Governance:
     def _payload(self, body: bytes) -> str:
         """Text for the log: the recipe's patterns are masked before it is cut to its size."""
         text = body.decode("utf-8", "replace")
-        for pattern in self._patterns:
-            text = pattern.sub("[redacted]", text)
+        try:
+            for pattern in self._patterns:
+                text = pattern.sub("[redacted]", text, timeout=_REDACTION_S)
+        except TimeoutError:
+            return "[not kept: what to redact could not be found in time]"
         return text[: self.section.log.max_payload_characters]
 
 

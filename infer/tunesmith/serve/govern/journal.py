@@ -64,6 +64,9 @@ class Entry:
     duration_s: float
     request_body: str | None = None
     response_body: str | None = None
+    guardrails: str | None = None
+    """What they found, as JSON."""
+
     route: str | None = None
     arm: str | None = None
     """The upstream that answered."""

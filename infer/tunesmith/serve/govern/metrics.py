@@ -41,6 +41,10 @@ class Metrics:
             "tunesmith_request_seconds", "Time to the end of an answer.",
             buckets=_DURATION_BUCKETS_S, registry=registry,
         )  # fmt: skip
+        self._guarded = prometheus.Counter(
+            "tunesmith_guardrail_matches", "What guardrails found.", ("rule", "where", "action"),
+            registry=registry,
+        )  # fmt: skip
         dropped = prometheus.Gauge(
             "tunesmith_log_dropped", "Lines of the request log that are lost.", registry=registry
         )
@@ -92,6 +96,10 @@ class Metrics:
             self._ttft.observe(entry.ttft_s)
         if entry.ending != "refused":
             self._duration.observe(entry.duration_s)
+
+    def guarded(self, place: tuple[str, str, str], count: int) -> None:
+        """Count what a guardrail found: by rule, input or output, and action."""
+        self._guarded.labels(*place).inc(count)
 
     def text(
         self, *, open_requests: int, is_ready: bool, upstreams: Iterable[Upstream] = ()
