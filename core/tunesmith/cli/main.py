@@ -202,14 +202,20 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="Let everybody see a new repository on the hub.")
     ] = False,
+    allow_refused: Annotated[
+        bool, typer.Option("--allow-refused", help="Export what its verification refused.")
+    ] = False,
     store: StoreFolder = Path(".tunesmith"),
     ledger: LedgerUrl = None,
 ) -> None:
     """Copy a model with its manifest and a card to where it is used without this store."""
     from tunesmith.ledger import deliver
+    from tunesmith.pipeline.verdict import require_no_refusal
 
     opened = open_store(store, ledger)
-    typer.echo(deliver(opened, opened.get(reference), to, public=public))
+    artifact = opened.get(reference)
+    require_no_refusal(opened, artifact.id, allowed=allow_refused)
+    typer.echo(deliver(opened, artifact, to, public=public))
 
 
 @app.command()
