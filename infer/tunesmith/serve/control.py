@@ -187,8 +187,8 @@ def ask_gateway(
         if found.state == "pending" and time.monotonic() - asked_s > _TAKEN_WITHIN_S:
             if _claim(engine, key[0], "withdrawn"):
                 raise UserError(
-                    f"no gateway that runs over this store has a route {route!r}; start one with "
-                    "tunesmith serve, or name its store with --store"
+                    f"no gateway that is ready over this store has a route {route!r}; start one "
+                    "with tunesmith serve, or name its store with --store"
                 )
         elif found.state == "running":
             on_wait()

@@ -23,9 +23,10 @@ from peft import LoraConfig, get_peft_model
 from processes import members
 from transformers import AutoModelForCausalLM
 
-from tunesmith.config import UserError
+from tunesmith.config import ModelError, UserError
 from tunesmith.config.load import dump_recipe
 from tunesmith.pipeline import Stages
+from tunesmith.serve.build import Builder, Part
 from tunesmith.serve.control import ask_gateway
 from tunesmith.serve.govern.database import open_gateway
 
@@ -257,6 +258,57 @@ def test_routes_move_on_a_running_server_and_stay_moved(
     report = status(gateway)
     assert report["state"] == "promoted"
     assert "promote" in [decision["action"] for decision in report["decisions"]]
+
+
+def test_a_recipe_names_engines_adapters_on_them_and_urls(
+    tmp_path: Path, llama: Path, stages_of: Callable[..., Stages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = adapter(llama, tmp_path / "other", 2)
+    upstreams: dict[str, dict[str, Any]] = {
+        "bot": {"model": "adapter", "adapter_slots": 3, "max_open_requests": 9},
+        "plain": {"model": "base", "gpu_memory_utilization": 0.3},
+        "legal": {"adapter": str(other), "on": "bot"},
+        "far": {"url": "http://127.0.0.1:9/v1", "model": "large", "api_key_env": "FAR_KEY"},
+    }
+    stages = stages_of(
+        tmp_path,
+        llama,
+        train={"method": "lora", "lora": {"r": 4}},
+        serve={"upstreams": upstreams, "routes": {"a": {"arms": {"bot": 1}, "fallback": ["far"]}}},
+    )
+    assert stages.recipe.serve
+    with stages.store.write(stages.trained, stages.recipe) as work:
+        adapter(llama, work.out, 1)
+    builder = Builder(stages, stages.recipe.serve)
+    with pytest.raises(UserError, match="FAR_KEY is not set"):
+        builder.fleet()
+    monkeypatch.setenv("FAR_KEY", "s3cret")
+    fleet = builder.fleet()
+    found = fleet.table.upstreams
+    assert list(found) == list(upstreams) and list(fleet.engines) == ["bot", "plain"]
+    assert found["bot"].place is found["legal"].place and found["bot"].load.most_open == 9
+    spec = fleet.engines["bot"].supervisor.server.spec
+    assert list(spec.adapters) == [found["bot"].model, found["legal"].model]
+    assert found["legal"].model.startswith("legal@") and spec.served_name == "bot.base"
+    assert fleet.engines["plain"].supervisor.server.spec.settings.gpu_memory_utilization == 0.3
+    assert found["far"].headers == {"Authorization": "Bearer s3cret"}
+    assert fleet.table.routes["a"].order("bot") == ("bot", "far")
+
+    # The same adapter by another way is the same version; one for another base is none at all.
+    again = builder.resolve(fleet, "a", stages.trained.id)
+    assert (
+        isinstance(again, Part)
+        and again.upstream.model.split("@")[1] == (found["bot"].model.split("@")[1])
+    )
+    assert builder.resolve(fleet, "a", "far") is found["far"]
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ModelError, match="another chat template"):
+        builder.resolve(fleet, "a", str(other))
+    with pytest.raises(ModelError, match="cannot be served"):
+        builder.resolve(fleet, "a", stages.dataset.id)
+    fleet.engines["bot"].model_id = "base-of-another"
+    with pytest.raises(UserError, match="no engine here serves adapters over base-"):
+        builder.resolve(fleet, "a", stages.trained.id)
 
 
 def status(gateway: Gateway) -> dict[str, Any]:
