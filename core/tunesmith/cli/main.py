@@ -27,6 +27,10 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and cost.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+feedback_app = typer.Typer(
+    help="What people say of served answers.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(feedback_app, name="feedback")
 app.command()(usage)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -51,6 +55,7 @@ _COMMANDS = {
     "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
+    "feedback export": ("tunesmith.serve.feedback.export", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
     "bench train": ("tunesmith.train.bench", "train"),
 }
@@ -167,6 +172,23 @@ def batch(
 def serve(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Serve the OpenAI API until Ctrl-C."""
     _execute("serve", recipe, overrides, as_json)
+
+
+@feedback_app.command("export")
+def feedback_export(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    kind: Annotated[
+        str, typer.Option(help="messages (for fine-tuning) or preference (for DPO, ORPO).")
+    ] = "messages",
+    min_score: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Answers without a correction need this.")
+    ] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Make a data set of what people corrected, liked or preferred, without rows that any
+    evaluation set of the store has."""
+    _execute("feedback export", recipe, overrides, as_json, kind=kind, min_score=min_score)
 
 
 @bench_app.command("train")

@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import web
 
 from tunesmith.serve.errors import SERVER, ApiError, shape_errors
+from tunesmith.serve.feedback.api import add_feedback
 from tunesmith.serve.forward import forward
 from tunesmith.serve.front.intake import check_body, check_path, read_body
 from tunesmith.serve.front.openapi import document
@@ -69,6 +70,7 @@ class Gateway:
         app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
+        add_feedback(app, self.governance, self._caller)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
         app.cleanup_ctx.extend((self._session, self._fresh_keys))
