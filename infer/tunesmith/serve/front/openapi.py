@@ -115,6 +115,7 @@ def document() -> dict[str, Any]:
             "/readyz": {"get": _get("Whether the engine answers", {"type": "object"})},
             "/metrics": {"get": _get("Counters for Prometheus", _TEXT, "text/plain")},
             "/openapi.json": {"get": _get("This document", {"type": "object"})},
+            "/ui/state": {"get": _get("What the page at /ui shows", {"type": "object"})},
             "/v1/models": {"get": _get("The served models", _MODELS)},
             "/v1/models/{model}": {
                 "get": _get("One model", _MODEL)
