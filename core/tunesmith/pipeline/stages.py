@@ -16,6 +16,7 @@ from tunesmith.config.schema.base import Section
 from tunesmith.config.schema.quantize import AUTO
 from tunesmith.ledger import Artifact, Draft, Store, describe_environment
 from tunesmith.pipeline.batch import adapter_of, digest_adapter, digest_batch
+from tunesmith.pipeline.bench import bench_inputs, bench_section
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
@@ -337,23 +338,35 @@ class Stages:
         return {name: adapter_of(self.store, value, own) for name, value in named.items()}
 
     def bench(self, mode: str) -> Draft:
-        """Speed and cost of every tuned variant on this machine; `mode` is batch or serve."""
-        if self.recipe.bench is None:
+        """Speed and cost of variants on this machine; `mode` is batch, serve, sweep or frontier."""
+        bench = self.recipe.bench
+        if bench is None:
             raise UserError(f"{self.path}: this needs a bench section")
         section = {
             "mode": mode,
-            "bench": self.recipe.bench.model_dump(mode="json"),
+            "bench": bench_section(bench, mode),
             "engine": self._engine,
-            "price": self.recipe.price.model_dump(mode="json") if self.recipe.price else None,
+            "price": _pick(self.recipe.price, "gpu_hour_usd") if self.recipe.price else None,
             "machine": self._machine,
             "seed": self.recipe.seed,
+            # What is measured, and how.
+            "measure": 2,
         }
-        parents = {name: self.variants[name].id for name in self.benchmarked}
+        inputs = bench_inputs(self.store, bench) | self._template
+        parents = {name: self.variants[name].id for name in self.benched(mode)}
         if "adapter" in parents:
             parents["base"] = self.trained_over.id
-        if self.recipe.data:
+        if self.recipe.data and bench.prompts == "data":
             parents["data"] = self.dataset.id
-        return self._draft("bench", f"bench {mode}", section, self._template, parents)
+        return self._draft("bench", f"bench {mode}", section, inputs, parents)
+
+    def benched(self, mode: str) -> tuple[str, ...]:
+        """The variants that a mode measures."""
+        if mode != "frontier":
+            return self.benchmarked
+        chosen = self.recipe.bench.variants if self.recipe.bench else None
+        asked = {self.variant(name)[0] for name in chosen} if chosen else set(self.variants)
+        return tuple(name for name in self.variants if name in asked)
 
     def bench_train(self, workload: Mapping[str, Any]) -> Draft:
         """Speed and memory of the training on this machine; `workload` is what the measurement adds

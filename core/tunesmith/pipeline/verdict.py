@@ -89,6 +89,20 @@ def recorded_verdict(store: Store, checkpoint_id: str) -> Verdict | None:
     return Verdict(verdict["state"], tuple(verdict["reasons"]))
 
 
+def require_no_refusal(store: Store, checkpoint_id: str, *, allowed: bool) -> None:
+    """Stop before a checkpoint leaves that was refused when it was last measured.
+
+    Raises GateError unless `allowed`; then it is only said.
+    """
+    verdict = recorded_verdict(store, checkpoint_id)
+    if verdict is None or verdict.state != "refused":
+        return
+    text = "\n  ".join([f"{checkpoint_id} is refused:", *verdict.reasons])
+    if not allowed:
+        raise GateError(f"{text}\nexport it all the same with --allow-refused")
+    log(f"{text}\n  exported all the same")
+
+
 def require_approval(stages: Stages, variant: str) -> None:
     """Stop before a refused checkpoint is used, and say so of one that was not verified.
 

@@ -106,7 +106,7 @@ def _throughput(variants: Sequence[Variant]) -> Plot | None:
     return Plot(
         "Throughput",
         f"Full queue, {figures['concurrency']} requests in flight, "
-        f"{figures['output_tokens']} tokens each; bars show how even the run was.",
+        f"{figures['output_tokens']:g} tokens each; bars show how even the run was.",
         chart,
     )
 

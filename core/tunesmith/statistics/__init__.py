@@ -2,6 +2,7 @@
 
 from tunesmith.statistics.bootstrap import (
     Interval,
+    clustered_percentiles,
     paired_relative_difference,
     percentile,
     ratio_of_sums,
@@ -13,6 +14,7 @@ __all__ = [
     "Comparison",
     "Interval",
     "Rows",
+    "clustered_percentiles",
     "compare",
     "level",
     "paired_relative_difference",

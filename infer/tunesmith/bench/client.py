@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -33,6 +34,10 @@ class Sample:
     finish_reason: str | None
     error: str | None
     """Why it does not count as answered; None when it does."""
+    asked_tokens: int | None = None
+    """Output tokens that were asked for."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt where the client made it of tokens."""
 
     @property
     def ok(self) -> bool:
@@ -53,6 +58,11 @@ class Sample:
         """Mean time per token after the first piece; None when all came at once."""
         later = self.output_tokens - self.piece_tokens[0]
         return (self.piece_s[-1] - self.piece_s[0]) / later if later else None
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Times between the pieces of the answer, as its reader sees them."""
+        return [later - earlier for earlier, later in pairwise(self.piece_s)]
 
     @property
     def e2e_s(self) -> float:
@@ -134,6 +144,7 @@ async def ask(
         error = f"{type(failure).__name__}: {failure}"
     ended_s = time.perf_counter() - origin_s
     usage = recording.usage or {}
+    prompt = body.get("prompt")
     return Sample(
         index=index,
         intended_s=intended_s,
@@ -145,6 +156,8 @@ async def ask(
         output_tokens=usage.get("completion_tokens", 0),
         finish_reason=recording.finish_reason,
         error=error or recording.fault(),
+        asked_tokens=body.get("max_tokens"),
+        prompt_tokens=len(prompt) if isinstance(prompt, list) else None,
     )
 
 

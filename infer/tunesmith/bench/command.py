@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.bench.client import open_session
-from tunesmith.bench.measure import Target, open_meter
+from tunesmith.bench.cells import pair, usd
+from tunesmith.bench.measure import Meter
 from tunesmith.bench.results import Run, variant_result
-from tunesmith.bench.traffic import Prompt, read_prompts
-from tunesmith.config import DataError, ModelError, UserError
+from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
+from tunesmith.config import ModelError
 from tunesmith.config.schema.bench import Bench
-from tunesmith.engine import EngineServer, EngineSpec, engine_spec
-from tunesmith.ledger import Artifact, Work, describe_environment, gpu_names
+from tunesmith.engine import EngineSpec, engine_spec
+from tunesmith.ledger import Artifact, Work, describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
@@ -40,18 +37,18 @@ def run(stages: Stages, mode: str = "all") -> dict[str, Any]:
         for name in stages.benchmarked:
             require_approval(stages, name)
         specs = {name: engine_spec(stages, name) for name in stages.benchmarked}
-        prompts = _prompts(stages)
-        with contextlib.ExitStack() as open_works:
+        with contextlib.ExitStack() as opened:
             works = {
-                name: open_works.enter_context(stages.store.write(drafts[name], stages.recipe))
+                name: opened.enter_context(stages.store.write(drafts[name], stages.recipe))
                 for name in missing
             }
             for work in works.values():
                 work.share = 1 / len(works)
+            rig = opened.enter_context(open_rig(stages))
             refusals = {
                 variant: reason
                 for variant, spec in specs.items()
-                if (reason := _measure_variant(stages, works, variant, spec, prompts))
+                if (reason := _measure_variant(rig, works, variant, spec))
             }
             for name, work in works.items():
                 _finish(stages, name, work, refusals)
@@ -73,7 +70,7 @@ def show(result: dict[str, Any]) -> RenderableType:
 
 
 def _measure_variant(
-    stages: Stages, works: dict[str, Work], variant: str, spec: EngineSpec, prompts: list[Prompt]
+    rig: Rig, works: dict[str, Work], variant: str, spec: EngineSpec
 ) -> str | None:
     """Leave `<variant>.json` in the scratch folder of every mode that lacks it.
 
@@ -87,41 +84,36 @@ def _measure_variant(
     if not wanted:
         log(f"bench {variant}: measured already")
         return None
-    bench, seed = _bench(stages), stages.recipe.seed
-    work = next(iter(works.values()))
-    started_s = time.perf_counter()
-    log(f"bench {variant}: starting the engine")
+    log_path = next(iter(works.values())).scratch / f"{variant}.log"
+
+    async def phases(meter: Meter) -> dict[str, Any]:
+        return await _phases(meter, rig.bench, serve="serve" in wanted)
+
     try:
-        with EngineServer(spec, log_path=work.scratch / f"{variant}.log") as server:
-            target = Target(variant, server.url, spec.served_name)
-            load_s = server.load_s
-            phases = asyncio.run(_phases(target, bench, seed, prompts, serve="serve" in wanted))
+        measured = on_server(rig, variant, spec, log_path, phases)
     except ModelError as error:
         log(f"bench {variant}: refused: {error}")
         return str(error)
-    measured = Run(
-        load_s=load_s,
-        wall_s=time.perf_counter() - started_s,
-        hour_usd=_hour_usd(stages),
-        **phases,
+    run = Run(
+        load_s=measured.load_s,
+        wall_s=measured.wall_s,
+        machine=rig.machine(spec),
+        **measured.found,
     )
     for mode, path in wanted.items():
-        _write_json(path, variant_result(measured, mode, bench, seed))
+        write_json(path, variant_result(run, mode, rig.bench, rig.seed))
     return None
 
 
-async def _phases(
-    target: Target, bench: Bench, seed: int, prompts: list[Prompt], *, serve: bool
-) -> dict[str, Any]:
-    async with open_session() as session:
-        meter = await open_meter(target, bench, seed, session, prompts)
-        warm_up = await meter.warm_up()
-        log(f"bench {target.name}: {bench.requests} requests, {bench.concurrency} in flight")
-        prompts_only, full_queue = await meter.prompts_only(), await meter.full_queue()
-        arrivals = None
-        if serve:
-            log(f"bench {target.name}: {bench.requests} requests, {bench.request_rate}/s")
-            arrivals = await meter.arrivals()
+async def _phases(meter: Meter, bench: Bench, *, serve: bool) -> dict[str, Any]:
+    name = meter.target.name
+    warm_up = await meter.warm_up()
+    log(f"bench {name}: {bench.requests} requests, {bench.concurrency} in flight")
+    prompts_only, full_queue = await meter.prompts_only(), await meter.full_queue()
+    arrivals = None
+    if serve:
+        log(f"bench {name}: {bench.requests} requests, {bench.request_rate}/s")
+        arrivals = await meter.arrivals()
     return {
         "common_prefix_tokens": meter.common_prefix_tokens,
         "warm_up": warm_up,
@@ -141,12 +133,12 @@ def _finish(stages: Stages, mode: str, work: Work, refusals: dict[str, str]) -> 
         for name in stages.benchmarked
     }
     price = stages.recipe.price
-    _write_json(
+    write_json(
         work.out / "bench.json",
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "mode": mode,
-            "bench": _bench(stages).model_dump(mode="json"),
+            "bench": bench_of(stages).model_dump(mode="json"),
             "price": price.model_dump(mode="json") if price else None,
             "environment": describe_environment(),
             "variants": variants,
@@ -154,39 +146,6 @@ def _finish(stages: Stages, mode: str, work: Work, refusals: dict[str, str]) -> 
     )
     work.metrics["mode"] = mode
     work.metrics["variants"] = {name: entry["figures"] for name, entry in variants.items()}
-
-
-def _bench(stages: Stages) -> Bench:
-    if stages.recipe.bench is None:
-        raise UserError(f"{stages.path}: this needs a bench section")
-    return stages.recipe.bench
-
-
-def _prompts(stages: Stages) -> list[Prompt]:
-    if stages.recipe.data is None:
-        raise UserError(
-            f"{stages.path}: bench takes its prompts from held-out rows; add a data section"
-        )
-    dataset = stages.made(stages.dataset)
-    prompts = read_prompts(dataset.root / "evaluation.jsonl", stages.recipe.seed)
-    if not prompts:
-        raise DataError(f"{dataset.root}/evaluation.jsonl has no prompt to send")
-    return prompts
-
-
-def _hour_usd(stages: Stages) -> float | None:
-    """Price of the devices one engine holds."""
-    if stages.recipe.price is None:
-        return None
-    devices = stages.recipe.engine.tensor_parallel_size if gpu_names() else 1
-    return stages.recipe.price.gpu_hour_usd * devices
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
 
 
 def _summary(artifact: Artifact) -> dict[str, Any]:
@@ -206,19 +165,10 @@ def _row(name: str, figures: dict[str, Any], mode: str) -> list[str]:
     return [
         name,
         f"{rate['value']:,.0f}" if rate else "–",
-        _pair(figures["ttft_ms"]),
-        _pair(figures["tpot_ms"]),
+        pair(figures["ttft_ms"]),
+        pair(figures["tpot_ms"]),
         *([f"{figures['goodput']['requests_per_s']:.2f}"] if mode == "serve" else []),
-        _usd(figures["usd_per_million_input_tokens"]),
-        _usd(figures["usd_per_million_output_tokens"]),
+        usd(figures["usd_per_million_input_tokens"]),
+        usd(figures["usd_per_million_output_tokens"]),
         "VALID" if figures["valid"] else "INVALID",
     ]
-
-
-def _pair(percentiles: dict[str, Any]) -> str:
-    found = [percentiles.get(name) for name in ("p50", "p95")]
-    return " / ".join(f"{interval['value']:.1f}" if interval else "–" for interval in found)
-
-
-def _usd(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -12,7 +12,6 @@ holds at any load. The first token of an answer counts as reading: the engine ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tunesmith.bench.figures import Throughput
@@ -44,24 +43,3 @@ def token_costs(hour_usd: float | None, rates: Throughput, share: float) -> Toke
         ),
         usd_per_request=second_usd / rates.requests_per_s,
     )
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a bill."""
-
-    name: str
-    seconds: float
-    usd: float | None
-
-
-def bill(hour_usd: float | None, wall_s: float, parts_s: Mapping[str, float]) -> list[Line]:
-    """Where the time of one engine went, to the last second.
-
-    What `parts_s` does not name is the line `between`, so the lines add up to `wall_s`.
-    """
-    seconds = {**parts_s, "between": wall_s - sum(parts_s.values())}
-    return [
-        Line(name, length_s, None if hour_usd is None else hour_usd * length_s / 3600)
-        for name, length_s in seconds.items()
-    ]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, fields
 
 _LINE = re.compile(r"^(?P<name>vllm:\w+)(?:\{[^}]*\})? (?P<value>\S+)$", re.MULTILINE)
+_STEPS = "iteration_tokens_total_count"
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Counters:
     prefix_cache_hits: float
     num_preemptions: float
     """Requests that lost their place in the key-value cache and were computed again."""
+    steps: float = 0.0
+    """Passes through the model; 0 where the engine does not say."""
 
     @classmethod
     def parse(cls, text: str) -> Counters:
@@ -26,6 +29,7 @@ class Counters:
         for match in _LINE.finditer(text):
             name = match["name"].removeprefix("vllm:").removesuffix("_total")
             totals[name] = totals.get(name, 0.0) + float(match["value"])
+        totals["steps"] = totals.get(_STEPS, 0.0)
         wanted = [field.name for field in fields(cls)]
         if missing := [name for name in wanted if name not in totals]:
             raise ValueError(f"the engine publishes no {', '.join(missing)}")

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
+from tunesmith.bench.bill import bill, shares_s, usd_of
+from tunesmith.bench.ceiling import Ceiling
 from tunesmith.bench.client import Sample
-from tunesmith.bench.cost import bill, input_share, token_costs
-from tunesmith.bench.figures import goodput, idle_s, latencies_ms, throughput
+from tunesmith.bench.cost import input_share, token_costs
+from tunesmith.bench.figures import Throughput, goodput, idle_s, latencies_ms, throughput
 from tunesmith.bench.measure import Phase
-from tunesmith.bench.validity import lag_p99_ms
+from tunesmith.bench.roofline import Shape, roofline
+from tunesmith.bench.validity import Evidence, Fault, lag_p99_ms, spread
 from tunesmith.config.schema.bench import Bench
 from tunesmith.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a variant runs on."""
+
+    hour_usd: float | None
+    """Price of the devices that the server holds."""
+    ceiling: Ceiling | None = None
+    """What they can do at most."""
+    shape: Shape | None = None
+    """What the variant asks of them."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,7 @@ class Run:
     prompts: Phase
     full_queue: Phase
     arrivals: Phase | None
-    hour_usd: float | None
-    """Price of the devices that the server holds."""
+    machine: Machine
 
 
 def variant_result(run: Run, mode: str, bench: Bench, seed: int) -> dict[str, Any]:
@@ -37,70 +52,175 @@ def variant_result(run: Run, mode: str, bench: Bench, seed: int) -> dict[str, An
     phase = run.full_queue if mode == "batch" else run.arrivals
     if phase is None:
         raise ValueError(f"nothing was measured for {mode}")
+    hour_usd = run.machine.hour_usd
     return {
         "figures": _figures(run, phase, mode, bench, seed),
-        "bill": [asdict(line) for line in bill(run.hour_usd, run.wall_s, _parts_s(run))],
-        "samples": [_rounded(sample) for sample in phase.evidence.samples],
-        "prompts_only_samples": [_rounded(sample) for sample in run.prompts.evidence.samples],
-        "client_late_s": [round(late, 6) for late in phase.evidence.late_s],
+        "bill": [asdict(line) for line in bill(hour_usd, run.wall_s, run.load_s, _busy_s(run))],
+        "samples": samples_of(phase, hour_usd),
+        "prompts_only_samples": samples_of(run.prompts, hour_usd),
+        "rounds": [
+            {"start_s": one.window.start_s, "end_s": one.window.end_s, "wall_s": one.wall_s}
+            for one in phase.rounds
+        ],
+        "client_late_s": [[round(late, 6) for late in one.late_s] for one in phase.rounds],
     }
 
 
-def _figures(run: Run, phase: Phase, mode: str, bench: Bench, seed: int) -> dict[str, Any]:
-    evidence, samples = phase.evidence, phase.evidence.samples
-    doubts = phase.faults + [
-        fault for fault in run.prompts.faults if fault.check not in {"too_short", "client_bound"}
-    ]
-    rates = throughput(samples, evidence.window, seed)
-    share = input_share(run.prompts.wall_s, run.full_queue.wall_s)
-    costs = token_costs(run.hour_usd, rates, share) if rates else None
+def phase_figures(phase: Phase, bench: Bench, seed: int) -> dict[str, Any]:
+    """What a load alone tells, whatever else was measured."""
+    samples = phase.samples
+    rates = throughput([(one.samples, one.window) for one in phase.rounds], seed)
     failed = sum(not sample.ok for sample in samples)
-    answered = max(1, len(samples) - failed)
-    found = {
-        "valid": not doubts,
-        "faults": [asdict(fault) for fault in doubts],
-        "discarded": [[asdict(fault) for fault in attempt] for attempt in phase.discarded],
+    answered = [sample for sample in samples if sample.ok]
+    energy_j = _energy_j(phase.rounds)
+    tokens = sum(sample.output_tokens for sample in answered)
+    return {
         "requests": len(samples),
+        "rounds": len(phase.rounds),
         "failed": failed,
-        "mean_input_tokens": sum(sample.input_tokens for sample in samples) / answered,
-        "output_tokens": bench.max_tokens,
-        "window_s": evidence.window.length_s,
-        "output_tokens_per_s": rates.output_tokens_per_s._asdict() if rates else None,
-        "input_tokens_per_s": rates.input_tokens_per_s if rates else None,
-        "requests_per_s": rates.requests_per_s if rates else None,
+        "mean_input_tokens": _mean([sample.input_tokens for sample in answered]),
+        "output_tokens": _mean([sample.output_tokens for sample in answered]),
+        "window_s": sum(one.window.length_s for one in phase.rounds),
+        **_rates(rates),
         **_plain(latencies_ms(samples, seed)),
+        "slo": bench.slo.model_dump(),
+        "goodput": asdict(goodput([one.samples for one in phase.rounds], bench.slo)),
+        "spread": spread(phase.rounds),
+        "energy_j": energy_j,
+        "joules_per_output_token": energy_j / tokens if energy_j and tokens else None,
+        "cache_hit_rate": _hit_rate(phase.rounds),
+        "preemptions": sum(one.counted.num_preemptions for one in phase.rounds),
+        "client_lag_p99_ms": lag_p99_ms(phase.rounds),
+        "client_cpu": max(one.client_cpu for one in phase.rounds),
+    }
+
+
+def priced(
+    found: Mapping[str, Any], hour_usd: float | None, share: float
+) -> dict[str, float | None]:
+    """What tokens and requests cost at the rates of `phase_figures`."""
+    if found["output_tokens_per_s"] is None:
+        costs = None
+    else:
+        rates = Throughput(
+            Interval(**found["output_tokens_per_s"]),
+            found["input_tokens_per_s"],
+            found["requests_per_s"],
+        )
+        costs = token_costs(hour_usd, rates, share)
+    accepted = found["goodput"]["share"]
+    return {
         "input_share": share,
         "usd_per_million_input_tokens": costs.usd_per_million_input_tokens if costs else None,
         "usd_per_million_output_tokens": costs.usd_per_million_output_tokens if costs else None,
         "usd_per_request": costs.usd_per_request if costs else None,
-        "idle_s": idle_s(samples),
+        "usd_per_accepted_request": (
+            costs.usd_per_request / accepted if costs and accepted else None
+        ),
+    }
+
+
+def reading_share(prompts: Phase, full_queue: Phase) -> float:
+    """The input's share of the price, from two phases of as many requests."""
+    return input_share(
+        mean(one.wall_s for one in prompts.rounds), mean(one.wall_s for one in full_queue.rounds)
+    )
+
+
+def doubts(phase: Phase, prompts: Phase | None = None) -> list[Fault]:
+    """About a load, and about the one that its prices were split by."""
+    found = list(phase.faults)
+    if prompts:
+        found += [
+            fault for fault in prompts.faults if fault.check not in {"too_short", "client_bound"}
+        ]
+    return found
+
+
+def samples_of(phase: Phase, hour_usd: float | None) -> list[dict[str, Any]]:
+    """Every request of a load, with its round and its share of the bill."""
+    return [
+        _rounded(sample) | {"round": place, "usd": usd_of(hour_usd, seconds)}
+        for place, one in enumerate(phase.rounds)
+        for sample, seconds in zip(one.samples, shares_s(one.samples), strict=True)
+    ]
+
+
+def _figures(run: Run, phase: Phase, mode: str, bench: Bench, seed: int) -> dict[str, Any]:
+    found = phase_figures(phase, bench, seed)
+    doubtful = doubts(phase, run.prompts)
+    found = {
+        "valid": not doubtful,
+        "faults": [asdict(fault) for fault in doubtful],
+        "discarded": [[asdict(fault) for fault in one.faults] for one in phase.discarded],
+        **found,
+        **priced(found, run.machine.hour_usd, reading_share(run.prompts, run.full_queue)),
+        "idle_s": sum(idle_s(one.samples) for one in phase.rounds),
         "load_s": run.load_s,
-        "cache_hit_rate": evidence.counted.hit_rate,
         "common_prefix_tokens": run.common_prefix_tokens,
-        "preemptions": evidence.counted.num_preemptions,
-        "client_lag_p99_ms": lag_p99_ms(evidence),
-        "client_cpu": evidence.client_cpu,
+        "roofline": _roofline(run),
     }
     if mode == "batch":
         return found | {"concurrency": bench.concurrency}
-    return found | {
-        "request_rate": bench.request_rate,
-        "slo": bench.slo.model_dump(),
-        "goodput": asdict(goodput(samples, bench.slo)),
+    return found | {"request_rate": bench.request_rate}
+
+
+def _roofline(run: Run) -> dict[str, float] | None:
+    """Of the full queue: the engine has nothing to wait for there."""
+    machine = run.machine
+    if machine.ceiling is None or machine.shape is None:
+        return None
+    found = [roofline(one, machine.shape, machine.ceiling) for one in run.full_queue.rounds]
+    known = [one for one in found if one]
+    if not known:
+        return None
+    return {
+        "memory": mean(one.memory for one in known),
+        "compute": mean(one.compute for one in known),
+        **asdict(machine.ceiling),
     }
 
 
-def _parts_s(run: Run) -> dict[str, float]:
-    parts = {
-        "load": run.load_s,
-        "warm-up": run.warm_up.wall_s,
-        "prompts only": run.prompts.wall_s,
-        "full queue": run.full_queue.wall_s,
+def _busy_s(run: Run) -> dict[str, float]:
+    """What the requests of each load were charged with, those of discarded attempts too."""
+    named = {
+        "warm-up": run.warm_up,
+        "prompts only": run.prompts,
+        "full queue": run.full_queue,
+        "arrivals": run.arrivals,
     }
-    if run.arrivals:
-        idle = idle_s(run.arrivals.evidence.samples)
-        parts |= {"arrivals": run.arrivals.wall_s - idle, "idle between arrivals": idle}
-    return parts
+    return {
+        name: sum(sum(shares_s(one.samples)) for one in _attempts(phase))
+        for name, phase in named.items()
+        if phase
+    }
+
+
+def _attempts(phase: Phase) -> Iterator[Evidence]:
+    for one in (phase, *phase.discarded):
+        yield from one.rounds
+
+
+def _rates(rates: Throughput | None) -> dict[str, Any]:
+    return {
+        "output_tokens_per_s": rates.output_tokens_per_s._asdict() if rates else None,
+        "input_tokens_per_s": rates.input_tokens_per_s if rates else None,
+        "requests_per_s": rates.requests_per_s if rates else None,
+    }
+
+
+def _energy_j(rounds: Sequence[Evidence]) -> float | None:
+    found = [one.energy_j for one in rounds if one.energy_j is not None]
+    return sum(found) if len(found) == len(rounds) else None
+
+
+def _hit_rate(rounds: Sequence[Evidence]) -> float:
+    hits = sum(one.counted.prefix_cache_hits for one in rounds)
+    return hits / max(1.0, sum(one.counted.prefix_cache_queries for one in rounds))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return mean(values) if values else 0.0
 
 
 def _plain(latencies: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:

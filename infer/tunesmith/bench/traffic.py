@@ -1,7 +1,6 @@
-"""What is asked and when: unique prompts from the recipe's held-out rows, arrivals from its seed.
+"""What is asked: held-out rows, random tokens of given lengths, or the requests of a log.
 
-Both are fixed before the load starts, so that every variant gets the same work at the same
-moments and a slow engine cannot slow its own load down.
+A mix is fixed before the load starts, so that every variant gets the same work.
 """
 
 from __future__ import annotations
@@ -10,11 +9,17 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config import DataError, require
+from tunesmith.config.schema.bench import Bench
+from tunesmith.pipeline.bench import log_files
+
 _LONGEST_TEXT = 1000  # characters of a document that are given as the prompt to continue
+_ENDPOINTS = ("chat/completions", "completions")
+_LOG_COLUMNS = ["path", "status", "prompt_tokens", "output_tokens", "request_body"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,12 @@ class Prompt:
 
     body: dict[str, Any]
 
+    max_tokens: int | None = None
+    """Tokens to answer with; as `bench.max_tokens` says when None."""
+
+    random_tokens: int | None = None
+    """Make the prompt of this many random tokens; `body` has none of its own then."""
+
     def salted(self, salt: str) -> Prompt:
         """The same question with a first word that no other request has.
 
@@ -35,8 +46,14 @@ class Prompt:
         if "messages" in self.body:
             first, *rest = self.body["messages"]
             first = first | {"content": f"{salt}\n{first['content']}"}
-            return Prompt(self.endpoint, self.body | {"messages": [first, *rest]})
-        return Prompt(self.endpoint, self.body | {"prompt": f"{salt}\n{self.body['prompt']}"})
+            return replace(self, body=self.body | {"messages": [first, *rest]})
+        return replace(self, body=self.body | {"prompt": f"{salt}\n{self.body['prompt']}"})
+
+    def filled(self, vocabulary: Sequence[int], seed: str) -> Prompt:
+        """With random tokens in place of a text. Two of the same seed are the same prompt."""
+        assert self.random_tokens
+        drawn = random.Random(seed).choices(vocabulary, k=self.random_tokens)
+        return replace(self, body=self.body | {"prompt": drawn})
 
 
 def read_prompts(path: Path, seed: int) -> list[Prompt]:
@@ -48,27 +65,65 @@ def read_prompts(path: Path, seed: int) -> list[Prompt]:
     return found
 
 
-def salted_prompts(
-    prompts: Sequence[Prompt], count: int, seed: int, phase: str
-) -> Iterator[Prompt]:
-    """`count` unique prompts; no two phases share one, two runs with the same seed share all."""
-    for index in range(count):
-        salt = hashlib.sha256(f"{seed}/{phase}/{index}".encode()).hexdigest()[:8]
-        yield prompts[index % len(prompts)].salted(salt)
+def synthetic_prompts(bench: Bench, seed: int) -> list[Prompt]:
+    """`bench.requests` prompts of the lengths of `bench.lengths`, in their shares."""
+    total = sum(kind.share for kind in bench.lengths)
+    exact = [bench.requests * kind.share / total for kind in bench.lengths]
+    counts = [int(wanted) for wanted in exact]
+    # The largest remainders get what rounding down left.
+    by_rest = sorted(range(len(exact)), key=lambda at: counts[at] - exact[at])
+    for at in by_rest[: bench.requests - sum(counts)]:
+        counts[at] += 1
+    found = [
+        Prompt("completions", {}, kind.output_tokens, kind.input_tokens)
+        for kind, count in zip(bench.lengths, counts, strict=True)
+        for _ in range(count)
+    ]
+    random.Random(seed).shuffle(found)
+    return found
 
 
-def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Seconds at which `count` requests arrive, at `rate` per second on average.
+def read_log(path: Path) -> list[Prompt]:
+    """The answered requests of the gateway's log in their order, each as long as it was.
 
-    Gaps are exponential and left as they fall: scaled to fit the mean, they would lose the bursts
-    that make a queue.
+    Raises DataError when there is none.
     """
-    source = random.Random(f"{seed}/arrivals")
-    arrivals, now_s = [], 0.0
-    for _ in range(count):
-        arrivals.append(now_s)
-        now_s += source.expovariate(rate)
-    return arrivals
+    parquet = require("pyarrow.parquet", "infer")
+    found = []
+    try:
+        for file in log_files(path):
+            rows = parquet.read_table(file, columns=_LOG_COLUMNS).to_pylist()
+            found += [prompt for row in rows if (prompt := _logged(row))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"bench.log: {path} is no log of the gateway: {error}") from error
+    if not found:
+        raise DataError(f"bench.log: {path} has no answered request for text")
+    return found
+
+
+def unique_prompts(
+    prompts: Sequence[Prompt],
+    count: int,
+    seed: int,
+    phase: str,
+    *,
+    vocabulary: Sequence[int] = (),
+    reuse: bool = False,
+) -> Iterator[Prompt]:
+    """`count` prompts; no two phases share one, two runs with the same seed share all.
+
+    With `reuse` they repeat as they are, in every phase.
+    """
+    for index in range(count):
+        place = index % len(prompts)
+        prompt = prompts[place]
+        name = f"{seed}/{place}" if reuse else f"{seed}/{phase}/{index}"
+        if prompt.random_tokens:
+            yield prompt.filled(vocabulary, name)
+        elif reuse:
+            yield prompt
+        else:
+            yield prompt.salted(hashlib.sha256(name.encode()).hexdigest()[:8])
 
 
 def _prompt(row: dict[str, Any]) -> Prompt | None:
@@ -80,3 +135,34 @@ def _prompt(row: dict[str, Any]) -> Prompt | None:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return Prompt("chat/completions", {"messages": messages}) if messages else None
+
+
+def _logged(row: dict[str, Any]) -> Prompt | None:
+    """A logged request as it can be asked again: its own body where the log kept the whole of it,
+    else random tokens; None for what was no answered text."""
+    endpoint = next((name for name in _ENDPOINTS if row["path"].endswith(f"/v1/{name}")), None)
+    if endpoint is None or row["status"] != 200 or not row["output_tokens"]:
+        return None
+    body = _body(row["request_body"])
+    kept: dict[str, Any] = {name: body[name] for name in ("messages", "prompt") if name in body}
+    if _is_text(kept):
+        return Prompt(endpoint, kept, row["output_tokens"])
+    if not row["prompt_tokens"]:
+        return None
+    return Prompt("completions", {}, row["output_tokens"], row["prompt_tokens"])
+
+
+def _body(text: str | None) -> dict[str, Any]:
+    """A kept body; empty when it was not kept, or was cut."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_text(kept: dict[str, Any]) -> bool:
+    """Whether a salt can be put in front of it."""
+    if messages := kept.get("messages"):
+        return isinstance(messages[0].get("content"), str)
+    return isinstance(kept.get("prompt"), str)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tunesmith.bench import command
-from tunesmith.config import ModelError
+from tunesmith.bench import command, compare, rig
+from tunesmith.config import ModelError, UserError
 from tunesmith.pipeline import Stages
 
 BENCH = {"requests": 48, "concurrency": 12, "request_rate": 24, "max_tokens": 12}
-NOISE = {"client_bound", "too_short"}  # what a busy or a fast machine may rightly be told
+# What a busy or a fast machine may rightly be told.
+NOISE = {"client_bound", "too_short", "noisy_machine"}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,10 @@ def result(stages: Stages) -> dict[str, Any]:
 def test_figures_are_true(stages: Stages, result: dict[str, Any], mode: str) -> None:
     figures = result["modes"][mode]["variants"]["base"]
     assert {fault["check"] for fault in figures["faults"]} <= NOISE, figures["faults"]
-    assert (figures["requests"], figures["failed"], figures["output_tokens"]) == (48, 0, 12)
+    assert (figures["requests"], figures["failed"], figures["output_tokens"]) == (96, 0, 12)
     assert figures["cache_hit_rate"] < 0.01
+    roof = figures["roofline"]
+    assert roof["memory"] > 0 and roof["compute"] > 0, "the engine counts its passes"
     for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
         p50, p95 = (figures[name][percent] for percent in ("p50", "p95"))
         assert 0 < p50["low"] <= p50["value"] <= p50["high"]
@@ -63,7 +66,8 @@ def test_every_sample_is_kept(stages: Stages, result: dict[str, Any], mode: str)
     assert set(artifact.manifest.parents) == {"base", "data"}
     found = json.loads((artifact.root / "bench.json").read_text())
     entry = found["variants"]["base"]
-    assert [sample["index"] for sample in entry["samples"]] == list(range(48))
+    assert [sample["index"] for sample in entry["samples"]] == [*range(48)] * 2
+    assert [sample["round"] for sample in entry["samples"]] == [0] * 48 + [1] * 48
     assert {sum(sample["piece_tokens"]) for sample in entry["samples"]} == {12}
     assert found["environment"]["versions"]
     billed_s = sum(line["seconds"] for line in entry["bill"])
@@ -72,21 +76,41 @@ def test_every_sample_is_kept(stages: Stages, result: dict[str, Any], mode: str)
     both_s = sum(
         stages.made(stages.bench(name)).manifest.cost.device_seconds for name in command.MODES
     )
-    assert both_s == pytest.approx(billed_s, rel=0.1, abs=2)
+    assert both_s == pytest.approx(billed_s, rel=0.1, abs=15)
+
+
+def test_costs_add_up(stages: Stages, result: dict[str, Any]) -> None:
+    """Per-request costs, idle time and loading are what the machine cost by the clock."""
+    artifacts = {mode: stages.made(stages.bench(mode)) for mode in command.MODES}
+    found = {
+        mode: json.loads((artifact.root / "bench.json").read_text())["variants"]["base"]
+        for mode, artifact in artifacts.items()
+    }
+    lines = {line["name"]: line for line in found["serve"]["bill"]}
+    each_usd = sum(sample["usd"] for sample in found["serve"]["samples"])
+    assert each_usd <= lines["arrivals"]["usd"] * 1.000001, "what was discarded is paid for too"
+    if not found["serve"]["figures"]["discarded"]:
+        assert each_usd == pytest.approx(lines["arrivals"]["usd"], rel=1e-6)
+    assert all(line["seconds"] >= 0 for line in lines.values())
+    total_usd = sum(line["usd"] for line in lines.values())
+    # The artifacts' own clock also runs while prompts are read and the ceiling is measured.
+    clock_s = sum(artifact.manifest.cost.device_seconds for artifact in artifacts.values())
+    assert total_usd == pytest.approx(sum(line["seconds"] for line in lines.values()) * 0.001)
+    assert total_usd <= clock_s * 0.001 < total_usd + 30 * 0.001
 
 
 def test_a_full_queue_keeps_its_concurrency(stages: Stages, result: dict[str, Any]) -> None:
     artifact = stages.made(stages.bench("batch"))
     samples = json.loads((artifact.root / "bench.json").read_text())["variants"]["base"]["samples"]
-    for sample in samples:
-        in_flight = sum(s["sent_s"] <= sample["sent_s"] < s["ended_s"] for s in samples)
+    for sample in samples[:48]:
+        in_flight = sum(s["sent_s"] <= sample["sent_s"] < s["ended_s"] for s in samples[:48])
         assert in_flight <= 12
 
 
 def test_what_is_measured_is_not_measured_again(
     stages: Stages, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "EngineServer", None)
+    monkeypatch.setattr(rig, "EngineServer", None)
     assert command.run(stages, "all") == result
     assert command.run(stages, "serve")["modes"]["serve"] == result["modes"]["serve"]
 
@@ -104,10 +128,20 @@ def test_an_interrupted_bench_keeps_the_variants_it_has(
     with pytest.raises(KeyboardInterrupt), write as work:
         (work.scratch / "base.json").write_text(json.dumps(entry))
         raise KeyboardInterrupt
-    monkeypatch.setattr(command, "EngineServer", None)
+    monkeypatch.setattr(rig, "EngineServer", None)
+    monkeypatch.setattr(rig, "measure_ceiling", lambda: None)
     found = command.run(changed, "serve")["modes"]["serve"]
     assert found["id"] != result["modes"]["serve"]["id"]
     assert found["variants"]["base"] == entry["figures"]
+
+
+def test_a_run_is_not_told_from_itself(stages: Stages, result: dict[str, Any]) -> None:
+    for mode in command.MODES:
+        (found,) = compare.run(stages.store, *[result["modes"][mode]["id"]] * 2)["comparisons"]
+        assert found["verdict"] in ("no difference shown", "invalid")
+        assert found["changes"][found["judged"]]["value"] == 0
+    with pytest.raises(UserError, match="bench batch"):
+        compare.run(stages.store, *(result["modes"][mode]["id"] for mode in command.MODES))
 
 
 class Refusing:
@@ -124,7 +158,8 @@ class Refusing:
 def test_a_model_that_the_engine_refuses(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = stages.recipe.bench.model_copy(update={"request_rate": 26.0})
     changed = Stages(stages.recipe.model_copy(update={"bench": bench}), stages.store)
-    monkeypatch.setattr(command, "EngineServer", Refusing)
+    monkeypatch.setattr(rig, "EngineServer", Refusing)
+    monkeypatch.setattr(rig, "measure_ceiling", lambda: None)
     with pytest.raises(ModelError, match="no kernel for it"):
         command.run(changed, "serve")
     assert stages.store.find(changed.bench("serve").id) is None

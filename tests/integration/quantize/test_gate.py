@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from taught import teach
+from typer.testing import CliRunner
 
+from tunesmith.cli.main import app
 from tunesmith.config import GateError
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
@@ -98,6 +100,12 @@ def test_refused_checkpoints_are_kept_and_marked_and_not_served(
     allowing = stages.recipe.quantize.model_copy(update={"allow_refused": True})
     told = Stages(stages.recipe.model_copy(update={"quantize": allowing}), stages.store)
     require_approval(told, "w4a16")
+    target, store = stages.store.folder.parent / "delivered", str(stages.store.folder)
+    command_line = ["export", stages.quantized("w4a16").id, "--to", str(target), "--store", store]
+    done = CliRunner().invoke(app, command_line)
+    assert isinstance(done.exception, GateError) and DAMAGED in str(done.exception)
+    assert not target.exists()
+    assert CliRunner().invoke(app, [*command_line, "--allow-refused"]).exit_code == 0
     assert command.run(told)["fidelity"]["w4a16"]["state"] == "refused"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.config.offers import offers
 
 
 class Section(BaseModel):
@@ -86,7 +88,28 @@ class Model(Section):
 
 
 class Price(Section):
-    """What the hardware costs."""
+    """What the hardware costs: give one of the two."""
 
     gpu_hour_usd: Money
-    """Price of one device-hour (a GPU, or this whole machine where there is none), in USD."""
+    """Price of one device-hour (a GPU, or this whole machine where there is none), in USD; taken
+    from `offer` when that is given."""
+
+    offer: str | None = None
+    """A price of the sheet `tunesmith/config/offers.yaml`, such as `lambda/h100-sxm`; each has its
+    source and the day it was read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_offer(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("offer") is None:
+            return given
+        found = offers().get(given["offer"])
+        if found is None:
+            raise ValueError(
+                f"no offer {given['offer']!r}; there are {', '.join(sorted(offers()))}"
+            )
+        if given.get("gpu_hour_usd", found.gpu_hour_usd) != found.gpu_hour_usd:
+            raise ValueError(
+                f"offer is {found.gpu_hour_usd} USD an hour: leave out gpu_hour_usd, or offer"
+            )
+        return given | {"gpu_hour_usd": found.gpu_hour_usd}

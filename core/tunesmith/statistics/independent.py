@@ -1,0 +1,58 @@
+"""Two measurements that share nothing but their method: how far apart, and whether it is shown.
+Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import variance
+
+from tunesmith.statistics.bootstrap import Interval
+
+_NORMAL = 1.96
+# Student's t for 95 %, by degrees of freedom; beyond the last the normal's is near enough.
+_STUDENT = {
+    1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,
+    12: 2.18, 14: 2.14, 16: 2.12, 18: 2.10, 20: 2.09, 30: 2.04,
+}  # fmt: skip
+
+
+def relative_difference(
+    level: Interval,
+    other: Interval,
+    rounds: Sequence[float] = (),
+    other_rounds: Sequence[float] = (),
+) -> Interval:
+    """How far `level` is above `other`, relative to it (0.01 is 1 %), with a 95 % interval.
+
+    The interval is the wider of two: that of resampling within the runs, and that of how far
+    repeated rounds of each lie apart, which knows of what a machine does between them.
+    """
+    if min(level.value, other.value) <= 0:
+        raise ValueError("relative to nothing, or less, there is no difference")
+    ratio = math.log(level.value / other.value)
+    within = _NORMAL * math.hypot(_log_error(level), _log_error(other))
+    half = max(within, _between(rounds, other_rounds))
+    return Interval(*(math.expm1(at) for at in (ratio, ratio - half, ratio + half)))
+
+
+def _log_error(level: Interval) -> float:
+    """The standard error of the logarithm, from a 95 % interval."""
+    low = max(level.low, level.value * 1e-3)
+    return math.log(max(level.high, low) / low) / (2 * _NORMAL)
+
+
+def _between(rounds: Sequence[float], other_rounds: Sequence[float]) -> float:
+    """Half an interval from the spread of rounds; 0 where there is one of each."""
+    columns = [[math.log(level) for level in column] for column in (rounds, other_rounds)]
+    freedom = sum(max(0, len(column) - 1) for column in columns)
+    if not freedom or not all(columns):
+        return 0.0
+    squares = sum(variance(column) * (len(column) - 1) for column in columns if len(column) > 1)
+    error = math.sqrt(squares / freedom * sum(1 / len(column) for column in columns))
+    return error * _student(freedom)
+
+
+def _student(freedom: int) -> float:
+    known = [degrees for degrees in _STUDENT if degrees <= freedom]
+    return _STUDENT[known[-1]] if freedom <= max(_STUDENT) else _NORMAL
