@@ -29,15 +29,17 @@ SHORT = Rollout(steps_percent=(20.0, 60.0, 100.0), min_requests=30)
     ("fault", "reason"),
     [
         ({"error_rate": 0.5}, "errors"),
-        ({"slowness": 4.0}, "latency"),
+        ({"slowness": 8.0}, "latency"),
         ({"tokens": 50}, "cost"),
         ({"is_wrong": True}, "quality"),
     ],
 )
 def test_a_worse_arm_is_taken_back(fault: dict[str, Any], reason: str) -> None:
     probes = PROBES if reason == "quality" else ()
+    # So long that what a busy machine adds to both does not hide twice the time.
+    seconds = 0.05 if reason == "latency" else 0.005
     outcome = asyncio.run(
-        play(Arm("old", 0.005), Arm("new", 0.005, **fault), SHORT, probes=probes, longest_s=30)
+        play(Arm("old", seconds), Arm("new", seconds, **fault), SHORT, probes=probes)
     )
     assert outcome.rollout.state == "rolled back"
     assert reason in outcome.decisions[-1]["reason"]
@@ -50,7 +52,7 @@ def test_an_equal_arm_is_promoted_step_by_step() -> None:
         play(
             Arm("old", 0.002), Arm("new", 0.002),
             Rollout(steps_percent=(50.0, 100.0), min_requests=20, error_tolerance=0.05),
-            probes=PROBES[:3], longest_s=30,
+            probes=PROBES[:3],
         )
     )  # fmt: skip
     assert outcome.rollout.state == "promoted" and outcome.failed == 0
@@ -109,7 +111,7 @@ def test_by_hand_over_a_restart_and_what_is_recorded(tmp_path: Path) -> None:
 
 def test_shadows_cost_users_nothing_and_are_dropped_when_there_is_no_room() -> None:
     async def story() -> None:
-        old, new = Arm("old", 0.0), Arm("new", 0.2, is_wrong=True)
+        old, new = Arm("old", 0.0), Arm("new", 0.5, is_wrong=True)
         async with behind(old.answer) as old.url, behind(new.answer) as new.url:
             upstreams = {
                 "old": Upstream("old", "bot", old, "checkpoint-old"),
@@ -123,7 +125,7 @@ def test_shadows_cost_users_nothing_and_are_dropped_when_there_is_no_room() -> N
                     body = {"model": "bot", "prompt": "say", "max_tokens": 5}
                     async with client.post("/v1/completions", json=body) as response:
                         assert (await response.json())["id"] == "old"
-                assert loop.time() - started_s < 0.2
+                assert loop.time() - started_s < 10 * 0.5 / 2
                 while upstreams["new"].open:
                     await asyncio.sleep(0.01)
                 lines = served.lines()
