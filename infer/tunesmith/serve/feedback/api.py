@@ -41,10 +41,11 @@ def add_feedback(app: web.Application, governance: Governance, caller: Caller) -
         return web.json_response(said)
 
     async def keep(answer_id: str, word: Word, giver: str | None) -> dict[str, Any] | None:
-        """The log is written behind the answers' back, so a line may take a moment to be there."""
+        """The log is written behind the answers' back, so a line may take a moment to be there; and
+        a client may have read an answer's last word before the answer has ended."""
         journal = governance.journal
-        for _ in range(_LOOKS):
-            is_behind = journal.is_behind
+        for look in range(_LOOKS):
+            is_behind = look == 0 or journal.is_behind
             said = await asyncio.to_thread(
                 record, governance.engine, journal.folder, answer_id, word, giver
             )
