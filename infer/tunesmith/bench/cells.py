@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
+_MIB = 2**20
 
 
-def pair(percentiles: dict[str, Any]) -> str:
+def pair(percentiles: Mapping[str, Any]) -> str:
     """p50 and p95."""
     found = [percentiles.get(name) for name in ("p50", "p95")]
     return " / ".join(f"{interval['value']:.1f}" if interval else NOTHING for interval in found)
@@ -16,3 +18,42 @@ def pair(percentiles: dict[str, Any]) -> str:
 def usd(value: float | None) -> str:
     """A price."""
     return NOTHING if value is None else f"{value:.4f}"
+
+
+def frontier_columns() -> list[str]:
+    """Of the table of `bench frontier`."""
+    return [
+        "Model", "Loss, %", "Tokens/s", "Goodput /s", "TTFT ms, p50 / p95", "USD per M in",
+        "USD per M out", "Weights MiB", "Engine MiB", "Keeps", "Pareto", "Run",
+    ]  # fmt: skip
+
+
+def frontier_row(cell: Mapping[str, Any]) -> list[str]:
+    """One model; every cell that is empty has its reason below the table."""
+    if "refused" in cell:
+        return [cell["variant"], *[NOTHING] * (len(frontier_columns()) - 2), "refused"]
+    change, rate = cell["loss_change"], cell["output_tokens_per_s"]
+    kept = {"quality": cell["keeps_quality"], "promise": cell["keeps_slo"]}
+    return [
+        cell["variant"],
+        _change(change) if change else NOTHING,
+        f"{rate['value']:,.0f}" if rate else NOTHING,
+        f"{cell['goodput']['requests_per_s']:.2f}",
+        pair(cell["ttft_ms"]),
+        usd(cell["usd_per_million_input_tokens"]),
+        usd(cell["usd_per_million_output_tokens"]),
+        _mib(cell["weights_bytes"]),
+        _mib(cell["engine_bytes"]),
+        ", ".join(name for name, good in kept.items() if good) or NOTHING,
+        "yes" if cell["pareto"] else NOTHING,
+        "VALID" if cell["valid"] else "INVALID",
+    ]
+
+
+def _change(change: Mapping[str, float]) -> str:
+    value, low, high = (100 * change[bound] for bound in ("value", "low", "high"))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _mib(size_bytes: int | None) -> str:
+    return NOTHING if not size_bytes else f"{size_bytes / _MIB:,.1f}"
