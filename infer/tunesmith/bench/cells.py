@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.report import figures as say
+
 NOTHING = "–"
-_MIB = 2**20
 
 
 def pair(percentiles: Mapping[str, Any]) -> str:
@@ -23,8 +24,8 @@ def usd(value: float | None) -> str:
 def frontier_columns() -> list[str]:
     """Of the table of `bench frontier`."""
     return [
-        "Model", "Loss, %", "Tokens/s", "Goodput /s", "TTFT ms, p50 / p95", "USD per M in",
-        "USD per M out", "Weights MiB", "Engine MiB", "Keeps", "Pareto", "Run",
+        "Model", "Loss, %", "Tokens/s", "Goodput/s", "TTFT ms, p50 / p95", "USD per M in / out",
+        "Weights / engine", "Keeps", "Pareto", "Run",
     ]  # fmt: skip
 
 
@@ -33,18 +34,17 @@ def frontier_row(cell: Mapping[str, Any]) -> list[str]:
     if "refused" in cell:
         return [cell["variant"], *[NOTHING] * (len(frontier_columns()) - 2), "refused"]
     change, rate = cell["loss_change"], cell["output_tokens_per_s"]
-    kept = {"quality": cell["keeps_quality"], "promise": cell["keeps_slo"]}
+    kept = {"quality": cell["keeps_quality"], "SLO": cell["keeps_slo"]}
     return [
         cell["variant"],
         _change(change) if change else NOTHING,
         f"{rate['value']:,.0f}" if rate else NOTHING,
         f"{cell['goodput']['requests_per_s']:.2f}",
         pair(cell["ttft_ms"]),
-        usd(cell["usd_per_million_input_tokens"]),
-        usd(cell["usd_per_million_output_tokens"]),
-        _mib(cell["weights_bytes"]),
-        _mib(cell["engine_bytes"]),
-        ", ".join(name for name, good in kept.items() if good) or NOTHING,
+        f"{usd(cell['usd_per_million_input_tokens'])} / "
+        f"{usd(cell['usd_per_million_output_tokens'])}",
+        f"{say.size(cell['weights_bytes'])} / {say.size(cell['engine_bytes'])}",
+        " + ".join(name for name, good in kept.items() if good) or NOTHING,
         "yes" if cell["pareto"] else NOTHING,
         "VALID" if cell["valid"] else "INVALID",
     ]
@@ -53,7 +53,3 @@ def frontier_row(cell: Mapping[str, Any]) -> list[str]:
 def _change(change: Mapping[str, float]) -> str:
     value, low, high = (100 * change[bound] for bound in ("value", "low", "high"))
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def _mib(size_bytes: int | None) -> str:
-    return NOTHING if not size_bytes else f"{size_bytes / _MIB:,.1f}"

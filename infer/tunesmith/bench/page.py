@@ -11,7 +11,7 @@ from tunesmith.bench.cells import NOTHING, frontier_columns, frontier_row, pair
 from tunesmith.bench.frontier import result_of
 from tunesmith.bench.plots import by_concurrency, by_rate, distribution, pareto, timeline
 from tunesmith.config import UserError, load_recipe
-from tunesmith.ledger import Artifact, Store
+from tunesmith.ledger import Store
 from tunesmith.ledger.store import RESOLVED
 from tunesmith.pipeline import Stages
 from tunesmith.report import figures as say
@@ -40,14 +40,22 @@ def write_page(store: Store, reference: str, path: Path) -> Path:
     if found["mode"] == "frontier":
         recipe = load_recipe(artifact.root / RESOLVED)
         found |= result_of(Stages(recipe, store), artifact)
+    name, price = artifact.manifest.name, artifact.manifest.section["price"]
+    return render(found, path, name, artifact.id, price["gpu_hour_usd"] if price else None)
+
+
+def render(
+    found: Mapping[str, Any], path: Path, name: str, artifact_id: str, hour_usd: float | None
+) -> Path:
+    """The page of what `bench.json` has."""
     tables, plots, tiles = _PARTS[found["mode"]](found)
     machine = found["environment"]
     facts = {
-        "title": f"{artifact.manifest.name} · bench {found['mode']}",
+        "title": f"{name} · bench {found['mode']}",
         "lead": _LEADS[found["mode"]],
-        "id": artifact.id,
+        "id": artifact_id,
         "hardware": ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cpu_count']} cores",
-        "hour_usd": _hour_usd(artifact),
+        "hour_usd": hour_usd,
         "tiles": tiles,
         "tables": tables,
         "load": {key: value for key, value in found["bench"].items() if value not in (None, [])},
@@ -227,11 +235,6 @@ def _tiles(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
             }
         )
     return tiles
-
-
-def _hour_usd(artifact: Artifact) -> float | None:
-    price = artifact.manifest.section["price"]
-    return price["gpu_hour_usd"] if price else None
 
 
 def _ttft_ms(sample: Mapping[str, Any]) -> float | None:

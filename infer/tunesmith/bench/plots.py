@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import (
     ColumnDataSource,
+    FixedTicker,
     HoverTool,
     LegendItem,
     NumeralTickFormatter,
@@ -40,6 +41,7 @@ def distribution(
     chart = empty_chart("milliseconds, logarithmic", "share of requests", x_scale="log")
     chart.yaxis.formatter = NumeralTickFormatter(format="0%")
     chart.y_range.start, chart.y_range.end = 0, 1.02
+    _plain_numbers(chart.xaxis)
     items = []
     for name, entry in entries.items():
         column = [value_ms(one) for one in entry["samples"] if one["error"] is None]
@@ -176,6 +178,9 @@ def pareto(cells: Sequence[Mapping[str, Any]]) -> Plot | None:
     width = max(prices) - min(prices) or max(prices)
     chart.x_range.start = max(0, min(prices) - 0.15 * width)
     chart.x_range.end = max(prices) + 0.4 * width
+    lows, highs = source.data["low"], source.data["high"]
+    height = max(highs) - min(lows) or 1.0
+    chart.y_range.start, chart.y_range.end = min(lows) - 0.1 * height, max(highs) + 0.15 * height
     chart.add_tools(
         HoverTool(
             tooltips=[
@@ -213,6 +218,7 @@ def _levels(
         chart.add_layout(plain(bars))
         items.append(LegendItem(label=name, renderers=[line, dots]))
     if limit:
+        _plain_numbers(chart.yaxis)
         chart.add_layout(_limit(limit, "width"))
     else:
         chart.y_range.start = 0
@@ -226,6 +232,12 @@ def _levels(
         )
     )  # fmt: skip
     return Plot(title, note, chart)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis, in place of powers of ten."""
+    axis.ticker = FixedTicker(ticks=[m * 10.0**k for k in range(-2, 7) for m in (1, 2, 5)])
+    axis.formatter = NumeralTickFormatter(format="0,0.[00]")
 
 
 def _limit(value: float, dimension: str) -> Span:
