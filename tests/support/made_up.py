@@ -15,10 +15,10 @@ from tunesmith.bench.validity import Evidence, faults
 from tunesmith.config.schema.bench import Bench
 from tunesmith.ledger import describe_environment
 
-BENCH = Bench(requests=150, request_rate=7.0)
+BENCH = Bench(requests=60, request_rate=7.0)
 
 
-def phase(seed: int, rate: float = 7.0, speed: float = 1.0, requests: int = 150) -> Phase:
+def phase(seed: int, rate: float = 7.0, speed: float = 1.0, requests: int = 60) -> Phase:
     """Two rounds before one server that takes 0.1 s for each request."""
     rounds = []
     for place in range(2):

@@ -51,5 +51,5 @@ def frontier_row(cell: Mapping[str, Any]) -> list[str]:
 
 
 def _change(change: Mapping[str, float]) -> str:
-    value, low, high = (100 * change[bound] for bound in ("value", "low", "high"))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    half = (change["high"] - change["low"]) / 2
+    return f"{100 * change['value']:+.2f} ± {100 * half:.2f}"

@@ -90,7 +90,7 @@ def test_the_highest_rate_that_keeps_the_promise(
 
 
 def test_a_search_ends_with_its_time(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = {"search_s": 0.5, "rates": (), "concurrencies": ()}
+    section = {"search_s": 0.5, "rates": (), "concurrencies": (), "rounds": 1}
     bench = stages.recipe.bench.model_copy(update=section)
     changed = Stages(stages.recipe.model_copy(update={"bench": bench}), stages.store)
     found = sweep.run(changed)["variants"]["base"]
