@@ -37,6 +37,7 @@ _COMMANDS = {
     "eval fidelity": ("tunesmith.evaluate.fidelity.command", "infer"),
     "batch": ("tunesmith.batch.command", "infer"),
     "serve": ("tunesmith.serve.command", "infer"),
+    "feedback export": ("tunesmith.serve.feedback.export", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
     "bench sweep": ("tunesmith.bench.sweep", "infer"),
     "bench frontier": ("tunesmith.bench.frontier", "infer"),

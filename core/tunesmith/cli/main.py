@@ -22,6 +22,7 @@ from tunesmith.cli.execute import (
     open_store,
     resumable,
 )
+from tunesmith.cli.feedback import feedback_app
 from tunesmith.cli.govern import keys_app, usage
 from tunesmith.cli.output import print_result
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+app.add_typer(feedback_app, name="feedback")
 app.command()(usage)
 
 

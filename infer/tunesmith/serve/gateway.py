@@ -9,17 +9,21 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from tunesmith.serve.errors import SERVER, ApiError, shape_errors
+from tunesmith.serve.feedback.api import add_feedback
 from tunesmith.serve.forward import forward
 from tunesmith.serve.front.intake import check_body, check_path, read_body
 from tunesmith.serve.front.openapi import document
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.keys import Key
 from tunesmith.serve.govern.usage import Ask, read_ask
+from tunesmith.serve.page.api import add_page, describe
+from tunesmith.serve.page.live import Live
 from tunesmith.serve.relay import RETRY_AFTER_S
 from tunesmith.serve.routes import Route, Tables
 from tunesmith.serve.upstream import held
@@ -52,6 +56,8 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
+        self._live = Live()
+        governance.observers.append(self._live.observe)
         self._client: aiohttp.ClientSession
         self.requests = 0
         """Requests that were taken."""
@@ -69,6 +75,9 @@ class Gateway:
         app.router.add_get("/openapi.json", self._openapi)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._models)
+        add_feedback(app, self.governance, self._caller)
+        asks_key = self._api_key is not None or self._asks_keys
+        add_page(app, self._live, caller=self._caller, asks_key=asks_key, server=self._state)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
         app.cleanup_ctx.extend((self._session, self._fresh_keys))
@@ -129,6 +138,14 @@ class Gateway:
     async def _healthz(self, _request: web.Request) -> web.Response:
         """Whether this process answers."""
         return web.json_response({"status": "ok"})
+
+    def _state(self) -> dict[str, Any]:
+        """What the page shows of this server."""
+        return describe(self._tables.table) | {
+            "is_draining": self._is_draining,
+            "open": self._open,
+            "requests": self.requests,
+        }
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         """Whether a request sent now would be answered, whatever model it asks for."""

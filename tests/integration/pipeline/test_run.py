@@ -18,6 +18,8 @@ from tunesmith.ledger import Store
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.run import steps
 
+pytestmark = pytest.mark.timeout(1200)  # the whole pipeline, begun eight times, is one fixture
+
 HALF_MADE = {
     "data": "scratch",
     "adapter": "scratch/**/step-????????",

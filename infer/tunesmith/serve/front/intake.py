@@ -12,6 +12,9 @@ from tunesmith.serve.errors import ApiError
 from tunesmith.serve.govern.usage import Ask
 
 _JSON_PATHS = ("chat/completions", "completions", "embeddings", "responses", "feedback")
+_OWN = {"models": "GET", "feedback": "POST"}
+"""What the gateway answers itself, by these methods."""
+
 _SEGMENT = r"(?!\.+(?:/|$))[A-Za-z0-9_.:@~-]{1,128}"
 _PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
 _ADMIN_PATHS = re.compile(r"(?:un)?load_lora_adapter(?:/|$)")
@@ -20,8 +23,9 @@ _ADMIN_PATHS = re.compile(r"(?:un)?load_lora_adapter(?:/|$)")
 
 def check_path(path: str) -> None:
     """Raises ApiError for a path that would leave `/v1/`, or is not for clients to write to."""
-    if path.partition("/")[0] == "models":
-        raise ApiError(405, "models can only be read", "invalid_request_error", {"Allow": "GET"})
+    if allowed := _OWN.get(path.partition("/")[0]):
+        message = f"here is only {allowed}"
+        raise ApiError(405, message, "invalid_request_error", {"Allow": allowed})
     if not _PATH.fullmatch(path) or _ADMIN_PATHS.match(path):
         raise ApiError(404, "there is no such path here", "not_found")
 

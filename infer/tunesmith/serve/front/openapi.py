@@ -74,6 +74,23 @@ _ERROR = {
         }
     },
 }
+_FEEDBACK = {
+    "id": {"type": "string", "minLength": 1, "maxLength": 128},
+    "score": _CHANCE,
+    "label": {"type": "string", "minLength": 1, "maxLength": 64},
+    "correction": {"type": "string", "minLength": 1, "maxLength": 100_000},
+    "comment": {"type": "string", "minLength": 1, "maxLength": 10_000},
+}
+_HEARD = {
+    "type": "object",
+    "required": ["object", "id", "request_id", "created", "is_exportable"],
+    "properties": {
+        "object": {"const": "feedback"},
+        "id": _TEXT,
+        "created": _COUNT,
+        "is_exportable": {"type": "boolean"},
+    },
+}
 _MODEL = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by"],
@@ -98,6 +115,7 @@ def document() -> dict[str, Any]:
             "/readyz": {"get": _get("Whether the engine answers", {"type": "object"})},
             "/metrics": {"get": _get("Counters for Prometheus", _TEXT, "text/plain")},
             "/openapi.json": {"get": _get("This document", {"type": "object"})},
+            "/ui/state": {"get": _get("What the page at /ui shows", {"type": "object"})},
             "/v1/models": {"get": _get("The served models", _MODELS)},
             "/v1/models/{model}": {
                 "get": _get("One model", _MODEL)
@@ -106,6 +124,9 @@ def document() -> dict[str, Any]:
                         {"name": "model", "in": "path", "required": True, "schema": _TEXT}
                     ]
                 }
+            },
+            "/v1/feedback": {
+                "post": _post("Say what an answer was like", ["id"], _FEEDBACK, _HEARD)
             },
             **{f"/v1/{path}": {"post": operation} for path, operation in _answers().items()},
         },
@@ -138,9 +159,14 @@ def _get(summary: str, schema: dict[str, Any], media: str = _JSON) -> dict[str, 
     return {"summary": summary, "responses": _responses({media: {"schema": schema}})}
 
 
-def _post(summary: str, required: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+def _post(
+    summary: str,
+    required: list[str],
+    properties: dict[str, Any],
+    answer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     body = {"type": "object", "required": required, "properties": properties}
-    content: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}}
+    content: dict[str, Any] = {_JSON: {"schema": answer or {"type": "object"}}}
     if "stream" in properties:
         content[_EVENTS] = {"schema": {}}
     return {

@@ -14,6 +14,8 @@ from tunesmith.ledger.durable import sync
 from tunesmith.serve.govern.database import requests
 
 _FOLDER = "requests"
+_ASKED = "request"
+"""The purpose of what clients asked themselves."""
 
 
 def archive(engine: Engine, folder: Path, rows: int) -> int:
@@ -60,6 +62,49 @@ def read_log(engine: Engine, folder: Path, columns: list[str], since_s: float = 
         parts.append(_table([dict(row) for row in db.execute(query).mappings()]).select(wanted))
     whole = pyarrow.concat_tables(parts, promote_options="default").select(wanted)
     return whole.filter(compute.greater_equal(whole["at_s"], since_s))
+
+
+def find_line(
+    engine: Engine, folder: Path, answer_id: str, key_id: str | None
+) -> dict[str, Any] | None:
+    """The newest line of an answer or request by its id, of one key or (None) of any."""
+    names = ("seq", "request_id", "response_id", "model", "artifact")
+    query = (
+        sa.select(*(requests.c[name] for name in names), requests.c.response_body.is_not(None))
+        .where(sa.or_(requests.c.response_id == answer_id, requests.c.request_id == answer_id))
+        .where(sa.true() if key_id is None else requests.c.key_id == key_id)
+        .where(sa.func.coalesce(requests.c.purpose, _ASKED) == _ASKED)
+        .order_by(requests.c.seq.desc())
+    )
+    with engine.connect() as db:
+        if found := db.execute(query.limit(1)).first():
+            return dict(zip((*names, "has_payload"), found, strict=True))
+    parquet = require("pyarrow.parquet", "infer")
+    for path in reversed(_files(folder)):
+        is_it = [[("response_id", "==", answer_id)], [("request_id", "==", answer_id)]]
+        columns = {*names, "key_id", "response_body", "purpose"}
+        columns &= {*parquet.read_schema(path).names}
+        table = parquet.read_table(path, columns=[*columns], filters=is_it)
+        for line in reversed(table.to_pylist()):
+            is_asked = (line.get("purpose") or _ASKED) == _ASKED
+            if is_asked and key_id in (None, line["key_id"]):
+                return {**line, "has_payload": line["response_body"] is not None}
+    return None
+
+
+def read_lines(engine: Engine, folder: Path, seqs: set[int]) -> list[dict[str, Any]]:
+    """Whole lines by their numbers, oldest first."""
+    parquet = require("pyarrow.parquet", "infer")
+    found: list[dict[str, Any]] = []
+    for path in _files(folder):
+        table = parquet.read_table(path, filters=[("seq", "in", seqs)]) if seqs else None
+        found += table.to_pylist() if table is not None else []
+    last = _archived(folder)
+    with engine.connect() as db:
+        for seq in sorted(one for one in seqs if one > last):
+            row = db.execute(sa.select(requests).where(requests.c.seq == seq)).mappings().first()
+            found += [dict(row)] if row else []
+    return sorted(found, key=lambda line: line["seq"])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -91,6 +91,20 @@ requests = sa.Table(
     sqlite_autoincrement=True,
 )
 
+feedback = sa.Table(
+    "feedback",
+    _schema,
+    sa.Column("request_seq", sa.Integer, primary_key=True),
+    # The key that gave it; empty where that was none of those that `tunesmith keys` makes.
+    sa.Column("giver", sa.String(16), primary_key=True),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("score", sa.Float),
+    sa.Column("label", sa.String(64)),
+    sa.Column("correction", sa.Text),
+    sa.Column("comment", sa.Text),
+)
+"""What people say of answers; `request_seq` is the line of the request log."""
+
 
 def open_gateway(store: Path) -> Engine:
     """The database of a store's gateway, made on first use."""

@@ -88,7 +88,7 @@ class Governance:
         self.observers: list[Callable[[Visit, Entry], None]] = []
         """Told of every request that has ended; they must not take long."""
         self.rails = Rails(section.guardrails, tables.table.routes)
-        self.section, self._engine, self._tables = section, engine, tables
+        self.section, self.engine, self._tables = section, engine, tables
         self._book = read_book(engine)
         upstreams = list(tables.table.upstreams.values())
         day = int(time.time() // _DAY_S)
@@ -108,7 +108,7 @@ class Governance:
 
     def reload(self) -> KeyBook:
         """Read keys and groups again where they have changed; may run in a thread."""
-        self._book = read_book(self._engine, self._book)
+        self._book = read_book(self.engine, self._book)
         return self._book
 
     async def admit(self, visit: Visit, upstreams: Mapping[str, tuple[Upstream, int]]) -> None:

@@ -87,7 +87,7 @@ class Journal:
     def __init__(self, engine: Engine, folder: Path, *, rows_per_file: int) -> None:
         self.dropped = 0
         """Entries that could not be written."""
-        self._engine, self._folder, self._rows_per_file = engine, folder, rows_per_file
+        self._engine, self.folder, self._rows_per_file = engine, folder, rows_per_file
         self._queue: queue.Queue[Entry] = queue.Queue(_CAPACITY)
         self._lock = threading.Lock()
         self._charges: dict[tuple[int, Subject], Use] = {}
@@ -149,7 +149,7 @@ class Journal:
         self._rows += len(entries)
         while self._rows >= self._rows_per_file:
             try:
-                self._rows -= archive(self._engine, self._folder, self._rows_per_file)
+                self._rows -= archive(self._engine, self.folder, self._rows_per_file)
             except (DBAPIError, OSError) as error:
                 self._complain(f"the request log stays in its database: {error}")
                 return
