@@ -52,7 +52,7 @@ def create(
     from tunesmith.serve.govern.limits import Limits
 
     key_id, text = create_key(
-        _database(store),
+        open_gateway_of(store),
         name,
         group=group,
         models=tuple(model or ()),
@@ -86,7 +86,7 @@ def list_keys(store: StoreFolder = _DEFAULT_STORE, as_json: AsJson = False) -> N
             "created": _day(key.created_s),
             "expires": _day(key.expires_s),
         }
-        for key in read_book(_database(store)).keys.values()
+        for key in read_book(open_gateway_of(store)).keys.values()
     ]
     print_result({"keys": found}, _keys_table, as_json)
 
@@ -96,7 +96,7 @@ def revoke(key_id: KeyId, store: StoreFolder = _DEFAULT_STORE) -> None:
     """End a key for good; gateways that run stop taking it within a second."""
     from tunesmith.serve.govern.keys import revoke_key
 
-    revoke_key(_database(store), key_id)
+    revoke_key(open_gateway_of(store), key_id)
     typer.echo(f"{key_id} is revoked")
 
 
@@ -110,7 +110,7 @@ def rotate(
     """Give a key a new secret and print it, this once; its limits and its use go on."""
     from tunesmith.serve.govern.keys import rotate_key
 
-    text = rotate_key(_database(store), key_id, overlap_s=seconds_of(overlap))
+    text = rotate_key(open_gateway_of(store), key_id, overlap_s=seconds_of(overlap))
     _print_key(key_id, text, as_json)
 
 
@@ -131,12 +131,15 @@ def set_group(
     limits = Limits(
         requests_per_minute, tokens_per_minute, concurrent_requests, tokens_per_day, usd_per_day
     )
-    keys.set_group(_database(store), name, limits)
+    keys.set_group(open_gateway_of(store), name, limits)
     typer.echo(f"{name}: {_limits(limits.given()) or 'no limits'}")
 
 
 def usage(
-    by: Annotated[str, typer.Option(help="key, group, model, artifact, status or day.")] = "key",
+    by: Annotated[
+        str,
+        typer.Option(help="key, group, model, artifact, route, arm, experiment, status or day."),
+    ] = "key",
     since: Annotated[str, typer.Option(help="How far back, such as 24h or 30d.")] = "30d",
     store: StoreFolder = _DEFAULT_STORE,
     as_json: AsJson = False,
@@ -144,7 +147,9 @@ def usage(
     """Requests, tokens and cost from the request log of `tunesmith serve`."""
     from tunesmith.serve.govern import report
 
-    result = report.usage(_database(store), store / "serve", by, time.time() - seconds_of(since))
+    result = report.usage(
+        open_gateway_of(store), store / "serve", by, time.time() - seconds_of(since)
+    )
     print_result(result, report.show, as_json)
 
 
@@ -158,7 +163,8 @@ def seconds_of(text: str) -> int:
     return int(match[1]) * _SECONDS[match[2]]
 
 
-def _database(store: Path) -> Any:
+def open_gateway_of(store: Path) -> Any:
+    """The database of a store's gateway. Raises UserError where there is no store."""
     from tunesmith.config import UserError
 
     try:

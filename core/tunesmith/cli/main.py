@@ -25,6 +25,7 @@ from tunesmith.cli.execute import (
 from tunesmith.cli.feedback import feedback_app
 from tunesmith.cli.govern import keys_app, usage
 from tunesmith.cli.output import print_result
+from tunesmith.cli.rollout import rollout_app
 
 app = typer.Typer(
     name="tunesmith",
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+app.add_typer(rollout_app, name="rollout")
 app.add_typer(feedback_app, name="feedback")
 app.command()(usage)
 

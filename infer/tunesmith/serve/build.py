@@ -161,17 +161,29 @@ class Builder:
             variant, draft = stages.variant(reference)
             if beneath := stages.served_over(variant):
                 stages.made(draft)
-                return self._beside(fleet, route, draft.id, beneath.id)
+                if part := self._beside(fleet, route, draft.id, beneath.id):
+                    return part
             return self.engine(reference, variant)
         if Path(reference).is_dir():
-            return self._beside(fleet, route, reference, None)
-        found = stages.store.get(reference)
-        if found.manifest.kind == "adapter":
-            return self._beside(fleet, route, found.id, found.manifest.parents.get("base"))
-        return self.artifact(found.id, found)
+            base, part = None, self._beside(fleet, route, reference, None)
+        elif "/" in reference:
+            raise UserError(f"{reference}: no such folder")
+        else:
+            found = stages.store.get(reference)
+            if found.manifest.kind != "adapter":
+                return self.artifact(found.id, found)
+            base = found.manifest.parents.get("base")
+            part = self._beside(fleet, route, found.id, base)
+        if part:
+            return part
+        raise UserError(
+            f"{reference}: no engine here serves adapters over {base or 'a base'}; serve its "
+            "merged model, or another of its adapters from the start"
+        )
 
-    def _beside(self, fleet: Fleet, route: str, reference: str, base: str | None) -> Part:
-        """An adapter on the engine of the route's own arms, else on any that runs its base."""
+    def _beside(self, fleet: Fleet, route: str, reference: str, base: str | None) -> Part | None:
+        """An adapter on the engine of the route's own arms, else on any that runs its base; None
+        where there is none."""
         arms = fleet.table.arms(tuple(name for name, _ in fleet.table.routes[route].arms))
         hosts = [host for arm in arms if (host := fleet.host_of(arm))]
         hosts += [host for host in fleet.engines.values() if host not in hosts]
@@ -180,10 +192,7 @@ class Builder:
                 part = self.adapter(route, reference, host)
                 upstream = replace(part.upstream, name=part.upstream.model)
                 return replace(part, upstream=upstream)
-        raise UserError(
-            f"{reference}: no engine here serves adapters over {base or 'a base'}; serve its "
-            "merged model, or another of its adapters from the start"
-        )
+        return None
 
     def _host(self, name: str, spec: EngineSpec, model_id: str, section: Section) -> EngineHost:
         port = self._section.port

@@ -18,6 +18,7 @@ from tunesmith.config.schema.serve import Serve
 from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.pipeline import Stages
 from tunesmith.serve.build import Builder
+from tunesmith.serve.control import Control
 from tunesmith.serve.fleet import Fleet
 from tunesmith.serve.front.connection import Site
 from tunesmith.serve.gateway import Gateway
@@ -25,6 +26,9 @@ from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.governance import Governance
 from tunesmith.serve.govern.journal import Journal
 from tunesmith.serve.listen import bind, read_key, tls_context, url_of
+from tunesmith.serve.rollout.decide import Plan
+from tunesmith.serve.rollout.probes import read_probes
+from tunesmith.serve.rollout.runner import Rollouts
 from tunesmith.terminal import log, make_table
 
 
@@ -37,7 +41,9 @@ def run(stages: Stages) -> dict[str, Any]:
     tls = tls_context(section)
     if any(not one.url for one in section.upstreams.values()) or not section.upstreams:
         has_gpu_engine()
-    fleet = Builder(stages, section).fleet()
+    probes = read_probes(section.rollout.probes)
+    builder = Builder(stages, section)
+    fleet = builder.fleet()
     served = dict(fleet.table.upstreams)
     with bind(section) as listener:
         for name, host in fleet.engines.items():
@@ -55,7 +61,11 @@ def run(stages: Stages) -> dict[str, Any]:
                 asks_keys=section.keys,
                 max_open_requests=section.max_open_requests,
             )
-            asyncio.run(_serve(section, listener, tls, fleet, gateway))
+            plan = Plan.of(section.rollout, len(probes))
+            rollouts = Rollouts(fleet, governance, database, plan, probes)
+            control = Control(fleet, builder, database, rollouts)
+            control.restore()
+            asyncio.run(_serve(section, listener, tls, fleet, gateway, control))
     return {
         "id": ", ".join(one.artifact_id for one in served.values()),
         "variant": stages.variant(section.model)[0] if not section.upstreams else None,
@@ -87,6 +97,7 @@ async def _serve(
     tls: ssl.SSLContext | None,
     fleet: Fleet,
     gateway: Gateway,
+    control: Control,
 ) -> None:
     """Answer until the first SIGINT or SIGTERM, then drain; a second one cuts the drain short.
 
@@ -112,13 +123,16 @@ async def _serve(
         ssl_context=tls,
     ).start()
     started_s = time.monotonic()
-    running = asyncio.create_task(fleet.run())
+    running, steering = asyncio.create_task(fleet.run()), None
     try:
         await _first(running, fleet.became_ready.wait(), stop.wait())
         if fleet.became_ready.is_set():
+            steering = asyncio.create_task(control.run())
             _announce(section, list(fleet.table.routes), time.monotonic() - started_s)
         await _first(running, stop.wait())
         if stop.is_set():
+            if steering:
+                steering.cancel()
             log("serve: stopping; open requests may finish (Ctrl-C again cuts them)")
             await _first(gateway.drain(section.drain_timeout_s), stop_now.wait())
         else:

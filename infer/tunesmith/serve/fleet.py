@@ -92,7 +92,7 @@ class Fleet:
             server = host.supervisor.server
             await asyncio.to_thread(server.add_adapter, upstream.model, pinned.folder)
             host.adapters[upstream.model] = pinned
-            self._add(upstream)
+            self.include(upstream)
 
     async def add_engine(self, host: EngineHost, upstream: Upstream) -> None:
         """Start an engine beside the others and make it an upstream. Raises the engine's error
@@ -106,7 +106,7 @@ class Fleet:
             del self.engines[upstream.name]
             await host.supervisor.stop()
             raise
-        self._add(upstream)
+        self.include(upstream)
 
     def move(self, route: str, arms: Arms) -> None:
         """Lead a route to these upstreams, all at once."""
@@ -130,7 +130,8 @@ class Fleet:
             (host for host in self.engines.values() if host.supervisor is upstream.place), None
         )
 
-    def _add(self, upstream: Upstream) -> None:
+    def include(self, upstream: Upstream) -> None:
+        """Make it known, so that routes can be led to it."""
         table = self.table
         self.table = Table(table.routes, {**table.upstreams, upstream.name: upstream})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import aiohttp
@@ -39,8 +40,9 @@ async def forward(
     Before the first byte has gone to the client, one that fails is followed by the next; what
     the last one says, or that it is lost, is what the client gets.
     """
+    visit.sent_s = time.perf_counter()
     for last in upstreams:
-        visit.arm = last
+        visit.arm, visit.tried = last, visit.tried + 1
         is_final = last is upstreams[-1]
         try:
             return await _try(client, request, visit, last, timeout_s, keep, is_final)
@@ -63,9 +65,11 @@ async def _try(
     is_final: bool,
 ) -> web.StreamResponse:
     if not upstream.can_take:
+        reason = "full" if upstream.place.is_ready else "not ready"
         if not is_final:
-            raise _FailedError("full" if upstream.place.is_ready else "not ready")
-        check_room(upstream)
+            raise _FailedError(reason)
+        visit.failures.append(reason)
+        _check_room(upstream)
     with upstream.taken():
         visit.is_sent = True
         answer, first = await _begin(client, request, visit, upstream, timeout_s)
@@ -75,7 +79,7 @@ async def _try(
             return await relay(request, answer, first, visit, keep=keep)
 
 
-def check_room(upstream: Upstream) -> None:
+def _check_room(upstream: Upstream) -> None:
     """Raises ApiError where an upstream is not to be asked now."""
     if not upstream.place.is_ready:
         message = f"{upstream.name} is being loaded; try again soon"

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from tunesmith.serve.background import Shadows
 from tunesmith.serve.errors import SERVER, ApiError, shape_errors
 from tunesmith.serve.feedback.api import add_feedback
 from tunesmith.serve.forward import forward
@@ -48,6 +49,7 @@ class Gateway:
     ) -> None:
         self._tables = tables
         self.governance = governance
+        self._shadows = Shadows(governance)
         self._api_key = api_key.encode() if api_key else None
         self._asks_keys = asks_keys
         self._max_open = max_open_requests
@@ -80,7 +82,7 @@ class Gateway:
         add_page(app, self._live, caller=self._caller, asks_key=asks_key, server=self._state)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
-        app.cleanup_ctx.extend((self._session, self._fresh_keys))
+        app.cleanup_ctx.extend((self._session, self._shadows.ending, self._fresh_keys))
         return app
 
     async def drain(self, timeout_s: float) -> bool:
@@ -212,7 +214,7 @@ class Gateway:
                 ready = [one for one in upstreams if one.place.is_ready]
                 lengths = {one.name: (one, await one.model_len(self._client)) for one in ready}
                 await self.governance.admit(visit, lengths)
-            return await forward(
+            response = await forward(
                 self._client,
                 request,
                 visit,
@@ -220,6 +222,10 @@ class Gateway:
                 timeout_s=route.timeout_s,
                 keep=self.governance.keeps_payload,
             )
+        if route.shadow:
+            shadow = table.upstreams[route.shadow.upstream]
+            self._shadows.copy(self._client, visit, route, shadow)
+        return response
 
     def _unknown(self, model: str) -> ApiError:
         there = ", ".join(map(repr, self._tables.table.routes))

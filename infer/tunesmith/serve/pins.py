@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,7 @@ def pin(source: Path, pins: Path) -> Pin:
         if not (source / name).is_file():
             raise ModelError(f"{source} is no adapter: it has no {name}")
     pins.mkdir(parents=True, exist_ok=True)
-    partial = pins / f".{source.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=pins))
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)

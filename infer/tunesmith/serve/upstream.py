@@ -104,13 +104,14 @@ class Upstream:
             self.load.open -= 1
 
     async def model_len(self, client: aiohttp.ClientSession) -> int:
-        """The longest prompt and answer together; an engine is asked once."""
-        if self.max_model_len is None:
+        """The longest prompt and answer together; an engine is asked once. Of an API that does not
+        tell it is as long as any model's, so that nothing more than was reserved can be used."""
+        if self.max_model_len is None and self.is_vllm:
             url = f"{self.place.url}/models"
             async with client.get(url, headers=self.headers) as answer:
                 (model, *_) = (await answer.json())["data"]
-                self.max_model_len = int(model.get("max_model_len") or _UNKNOWN_MODEL_LEN)
-        return self.max_model_len
+                self.max_model_len = int(model["max_model_len"])
+        return self.max_model_len or _UNKNOWN_MODEL_LEN
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from processes import members
 from transformers import AutoModelForCausalLM
 
+from tunesmith.config import Recipe
 from tunesmith.config.load import dump_recipe, load_recipe
 from tunesmith.pipeline import Stages
 from tunesmith.serve.govern.archive import read_log
@@ -181,6 +184,82 @@ def test_what_cannot_work_is_told_before_the_engine_starts(
         assert words in said and "loading" not in said
 
 
+def test_an_adapter_is_replaced_while_it_is_asked(
+    served: Served, recipe: tuple[Path, str], tmp_path: Path
+) -> None:
+    """v1 → v2 → v1: no request fails, each answer is wholly of one version, and what was let go is
+    no danger to the engine, its folders deleted."""
+    loaded = load_recipe(recipe[0])
+    base = Stages(loaded).made(Stages(loaded).base).root
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules="all-linear", lora_alpha=64, init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "v2")
+    pins = loaded.store.folder / "serve" / "adapters"
+    (first,) = [folder.name for folder in pins.iterdir()]
+    answers: list[tuple[str, str, str]] = []
+    faults: list[Exception] = []
+    is_over = threading.Event()
+
+    def ask(model: str = "test") -> tuple[str, str, str]:
+        with served.client() as client:
+            raw = client.completions.with_raw_response.create(
+                model=model, prompt="3 plus 3", max_tokens=8, temperature=0,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            found = raw.parse()
+            return found.model, found.choices[0].text, raw.headers["x-tunesmith-artifact"]
+
+    def load() -> None:
+        while not is_over.is_set():
+            try:
+                answers.append(ask())
+            except openai.OpenAIError as error:
+                faults.append(error)
+
+    askers = [threading.Thread(target=load) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        rollout(loaded, "swap", "test", "--to", str(tmp_path / "v2"))
+        shutil.rmtree(tmp_path / "v2")
+        while (pins / first).exists():
+            time.sleep(0.1)
+    finally:
+        is_over.set()
+        for asker in askers:
+            asker.join()
+    assert faults == []
+    by_version = {
+        one: {answer[1:] for answer in answers if answer[0] == one} for one, *_ in answers
+    }
+    assert len(by_version) == 2 and by_version.keys() > {f"test@{first}"}
+    assert all(len(texts) == 1 for texts in by_version.values())
+    assert len({text for texts in by_version.values() for text, _ in texts}) == 2
+    assert answers[-1][2].startswith("folder:")
+    second = answers[-1][0].partition("@")[2]
+    assert [folder.name for folder in pins.iterdir()] == [second]
+    rollout(loaded, "swap", "test", "--to", "adapter")
+    assert ask()[0] == f"test@{first}" and ask()[2] == served.artifact
+    with served.client() as client:
+        for gone in (f"test@{second}", f"test@{first}", "test.base"):
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model=gone, prompt="x")
+    with pytest.raises(AssertionError, match="is no adapter"):
+        rollout(loaded, "swap", "test", "--to", str(tmp_path))
+    assert ask()[0] == f"test@{first}"
+
+
+def rollout(recipe: Recipe, *arguments: str) -> str:
+    command = [sys.executable, "-m", "tunesmith.cli", "rollout", *arguments]
+    found = subprocess.run(
+        [*command, "--store", str(recipe.store.folder)], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
 def test_a_stop_lets_open_streams_end_and_leaves_no_process(
     served: Served, recipe: tuple[Path, str]
 ) -> None:
@@ -216,7 +295,7 @@ def test_a_stop_lets_open_streams_end_and_leaves_no_process(
     ).to_pylist()
     (longest,) = [line for line in log if line["output_tokens"] == 1500]
     assert longest["ending"] == "complete"
-    assert {line["artifact"] for line in log} == {served.artifact}
+    assert all(line["artifact"] for line in log)
     assert {200, 400, 404, 503} <= {line["status"] for line in log}
 
 

@@ -1,4 +1,5 @@
-"""The gateway's own database: keys and groups, what each has spent, and the request log."""
+"""The gateway's own database: keys and groups, what each has spent, where routes were moved to, and
+the request log."""
 
 from __future__ import annotations
 
@@ -53,6 +54,70 @@ spending = sa.Table(
     sa.Column("subject", sa.String(200), primary_key=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("nano_usd", sa.BigInteger, nullable=False),
+)
+routing = sa.Table(
+    "routing",
+    _schema,
+    sa.Column("route", sa.String(200), primary_key=True),
+    sa.Column("arms", sa.JSON, nullable=False),
+    # The recipe's own arms with their artifacts: what it says now holds again once they differ.
+    sa.Column("declared", sa.JSON, nullable=False),
+    sa.Column("at_s", sa.Float, nullable=False),
+)
+"""Routes that were moved away from what the recipe says."""
+
+brought = sa.Table(
+    "brought",
+    _schema,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("route", sa.String(200), nullable=False),
+    sa.Column("reference", sa.String(4096), nullable=False),
+    sa.Column("artifact", sa.String(200), nullable=False),
+)
+"""Upstreams that no recipe names, and what they are made of."""
+
+commands = sa.Table(
+    "commands",
+    _schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("route", sa.String(200), nullable=False),
+    sa.Column("what", sa.String(16), nullable=False),
+    sa.Column("target", sa.String(4096)),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("message", sa.Text),
+    sqlite_autoincrement=True,
+)
+"""What people ask of a running gateway."""
+
+rollouts = sa.Table(
+    "rollouts",
+    _schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("route", sa.String(200), nullable=False, index=True),
+    sa.Column("candidate", sa.String(200), nullable=False),
+    sa.Column("artifact", sa.String(200), nullable=False),
+    sa.Column("baseline", sa.JSON, nullable=False),
+    sa.Column("plan", sa.JSON, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("evidence", sa.JSON, nullable=False),
+    sa.Column("started_s", sa.Float, nullable=False),
+    sa.Column("changed_s", sa.Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+decisions = sa.Table(
+    "decisions",
+    _schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("rollout", sa.ForeignKey("rollouts.id"), nullable=False, index=True),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("action", sa.String(16), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("signals", sa.JSON, nullable=False),
+    sa.Column("evidence", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,
 )
 requests = sa.Table(
     "requests",

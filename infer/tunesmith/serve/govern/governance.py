@@ -47,7 +47,13 @@ class Visit:
     """Who was asked last: the arm, or one of the route's fallback."""
 
     failures: list[str] = field(default_factory=list)
-    """Why each of those before it gave no answer."""
+    """Why each of those that gave no answer did not."""
+
+    tried: int = 0
+    """Upstreams that it came to."""
+
+    sent_s: float | None = None
+    """When the first of them was asked."""
 
     purpose: Purpose = "request"
     experiment: str | None = None
@@ -199,7 +205,7 @@ class Governance:
             route=visit.route,
             arm=visit.arm.name if visit.arm and visit.route else None,
             version=visit.arm.model if visit.arm and visit.route else None,
-            attempts=len(visit.failures) + visit.is_sent,
+            attempts=visit.tried,
             purpose=visit.purpose,
             experiment=visit.experiment,
         )

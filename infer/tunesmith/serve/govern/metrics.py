@@ -87,11 +87,13 @@ class Metrics:
             self._arms.labels(entry.route, entry.arm, entry.purpose, entry.ending).inc()
             for reason in failures[: entry.attempts - 1]:
                 self._fallbacks.labels(entry.route, reason).inc()
-        self._requests.labels(str(entry.status), entry.ending).inc()
         self._tokens.labels("prompt").inc(entry.prompt_tokens)
         self._tokens.labels("cached").inc(entry.cached_tokens)
         self._tokens.labels("output").inc(entry.output_tokens)
         self._usd.inc((entry.nano_usd or 0) / NANO)
+        if entry.purpose != "request":
+            return
+        self._requests.labels(str(entry.status), entry.ending).inc()
         if entry.ttft_s is not None:
             self._ttft.observe(entry.ttft_s)
         if entry.ending != "refused":

@@ -17,6 +17,9 @@ _COLUMNS = {
     "group": ["group"],
     "model": ["model"],
     "artifact": ["artifact"],
+    "route": ["route"],
+    "arm": ["route", "arm", "version"],
+    "experiment": ["purpose", "experiment"],
     "status": ["status", "ending"],
     "day": ["day"],
 }

@@ -1,0 +1,1 @@
+"""Moving a route to a new arm by evidence, and back."""
