@@ -63,6 +63,7 @@ def run(stages: Stages) -> dict[str, Any]:
             )
             plan = Plan.of(section.rollout, len(probes))
             rollouts = Rollouts(fleet, governance, database, plan, probes)
+            gateway.rollout_of = rollouts.running
             control = Control(fleet, builder, database, rollouts)
             control.restore()
             asyncio.run(_serve(section, listener, tls, fleet, gateway, control))
