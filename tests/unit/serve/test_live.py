@@ -76,6 +76,7 @@ async def test_the_pages_files_run_nothing_from_elsewhere_and_nothing_inline() -
     upstream = Upstream()
     async with before(upstream, upstream.answer) as (_, client):
         page = await _text(client, "/ui")
+        assert page == await _text(client, "/ui/")
         assert 'data-asks-key="false"' in page
         linked = re.findall(r'(?:src|href)="([^"]*)"', page)
         assert {"/ui/app.js", "/ui/style.css", "/ui/icon.svg"} == set(linked)

@@ -55,7 +55,8 @@ def add_page(
     page = (files / "index.html").read_text(encoding="utf-8")
     if asks_key:
         page = page.replace(_ASKS_KEY, _ASKS_KEY.replace("false", "true"))
-    app.router.add_get("/ui", _sender(page, "text/html"))
+    for path in ("/ui", "/ui/"):
+        app.router.add_get(path, _sender(page, "text/html"))
     for name, kind in _FILES.items():
         text = (files / name).read_text(encoding="utf-8")
         app.router.add_get(f"/ui/{name}", _sender(text, kind))

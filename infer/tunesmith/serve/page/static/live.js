@@ -65,7 +65,7 @@ function rollout(one) {
   const seen = (requests, errors) => `${whole(requests)} requests, ${whole(errors)} failed`;
   return make("p", { class: "note" },
     make("span", { class: "pill", text: `rollout ${one.step} of ${one.steps}` }),
-    ` ${one.candidate} at ${short(one.share * 100)} %: ${seen(one.requests, one.errors)}; before it ${seen(one.baseline_requests, one.baseline_errors)}`);
+    ` ${one.candidate} at ${short(one.share * 100)} %: ${seen(one.requests, one.errors)}; the others ${seen(one.baseline_requests, one.baseline_errors)}`);
 }
 
 function routes(server) {
