@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +182,25 @@ class FakeEngine:
     starts = 0
     refused: tuple[str, ...] = ()
     """Parts of the paths of models that it has no kernel for."""
+    slower: Mapping[str, float] = {}
+    """How many times as long others take, by parts of their paths."""
+    order: list[str] = []
+    """Folders of the models, as they were started."""
 
     def __init__(self, spec: Any, *, log_path: Path) -> None:
-        self.spec, self.load_s, self.url = spec, 0.0, ""
+        self.spec, self.load_s, self.url, self.pid = spec, 0.0, "", None
 
     def __enter__(self) -> FakeEngine:
         if any(part in str(self.spec.model) for part in self.refused):
             raise ModelError("no kernel for it")
         type(self).starts += 1
+        self.order.append(str(self.spec.model))
+        (slowness,) = {n for part, n in self.slower.items() if part in self.order[-1]} or {1.0}
+        upstream = replace(self.upstream, slowness=slowness)
         started_s = time.perf_counter()
         context = multiprocessing.get_context("spawn")
         near, far = context.Pipe()
-        self._process = context.Process(target=serve_forever, args=(self.upstream, far))
+        self._process = context.Process(target=serve_forever, args=(upstream, far))
         self._process.daemon = True
         self._process.start()
         far.close()  # so that its death is seen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,8 +42,8 @@ def bench_train(
     as_json: AsJson = False,
 ) -> None:
     """Training speed, memory, and the share of what this device can do."""
-    options = {"shape": shape, "length": length, "peer": peer, "profile": profile}
-    counts = {"steps": steps, "warmup_steps": warmup_steps, "rounds": rounds}
+    options: dict[str, Any] = {"shape": shape, "length": length, "peer": peer, "profile": profile}
+    counts: dict[str, Any] = {"steps": steps, "warmup_steps": warmup_steps, "rounds": rounds}
     execute("bench train", recipe, overrides, as_json, **options, **counts)
 
 
@@ -69,6 +69,27 @@ def bench_all(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson =
 def bench_sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Many rates and numbers in flight, and the highest rate that keeps the promise."""
     execute("bench sweep", recipe, overrides, as_json)
+
+
+@bench_app.command("frontier")
+def bench_frontier(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Quality, goodput, price and memory of every model, and the cheapest that is good enough."""
+    execute("bench frontier", recipe, overrides, as_json, evaluated=True)
+
+
+@bench_app.command("report")
+def bench_report(
+    reference: Annotated[str, typer.Argument(metavar="ID", help="Of a benchmark.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("bench.html"),
+    store: StoreFolder = Path(".tunesmith"),
+    ledger: LedgerUrl = None,
+) -> None:
+    """Write a page with the figures of a benchmark and its plots."""
+    from tunesmith.bench.page import write_page
+
+    typer.echo(write_page(open_store(store, ledger), reference, out))
 
 
 @bench_app.command("compare")

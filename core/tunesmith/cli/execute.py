@@ -40,6 +40,7 @@ _COMMANDS = {
     "feedback export": ("tunesmith.serve.feedback.export", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
     "bench sweep": ("tunesmith.bench.sweep", "infer"),
+    "bench frontier": ("tunesmith.bench.frontier", "infer"),
     "bench train": ("tunesmith.train.bench", "train"),
 }
 
@@ -56,23 +57,39 @@ def resumable() -> Iterator[None]:
 
 
 def execute(
-    command: str, path: Path, overrides: list[str] | None, as_json: bool, **arguments: Any
+    command: str,
+    path: Path,
+    overrides: list[str] | None,
+    as_json: bool,
+    evaluated: bool = False,
+    **arguments: Any,
 ) -> None:
-    """Load the recipe, run the command's module on it, and print the result."""
-    from tunesmith.config import MissingExtraError, load_recipe
+    """Load the recipe, run the command's module on it, and print the result.
+
+    `evaluated` measures quality first, where the recipe says how.
+    """
+    from tunesmith.config import load_recipe
     from tunesmith.pipeline import Stages
 
-    recipe = load_recipe(path, overrides or ())
-    module_name, extra = _COMMANDS[command]
+    stages = Stages(load_recipe(path, overrides or ()), path=str(path))
+    module = _module(command)
+    with resumable():
+        if evaluated and stages.recipe.evaluate:
+            _module("eval").run(stages)
+        result = module.run(stages, **arguments)
+    print_result(result, module.show, as_json)
+
+
+def _module(command: str) -> Any:
+    from tunesmith.config import MissingExtraError
+
+    name, extra = _COMMANDS[command]
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tunesmith"):
             raise
         raise MissingExtraError(error.name, extra) from error
-    with resumable():
-        result = module.run(Stages(recipe, path=str(path)), **arguments)
-    print_result(result, module.show, as_json)
 
 
 def open_store(folder: Path, ledger: str | None) -> Any:

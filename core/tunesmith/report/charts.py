@@ -41,7 +41,11 @@ class Plot:
 
 
 def empty_chart(
-    x_label: str, y_label: str, height: int = HEIGHT_PX, y_scale: str = "linear"
+    x_label: str,
+    y_label: str,
+    height: int = HEIGHT_PX,
+    y_scale: str = "linear",
+    x_scale: str = "linear",
 ) -> Any:
     """An empty chart in the page's style: no box, no vertical lines, no toolbar."""
     chart = figure(
@@ -52,6 +56,7 @@ def empty_chart(
         x_axis_label=x_label,
         y_axis_label=y_label,
         y_axis_type=y_scale,
+        x_axis_type=x_scale,
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,

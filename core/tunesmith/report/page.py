@@ -15,6 +15,7 @@ from tunesmith.report.contents import Contents, gather
 from tunesmith.report.fidelity import line
 from tunesmith.report.plots import plots
 from tunesmith.report.quantization import quantization_plots
+from tunesmith.report.render import render_page
 from tunesmith.report.table import row
 
 REPORT = "report.html"
@@ -26,38 +27,12 @@ def write_report(stages: Stages, out: Path, timings: Mapping[str, float]) -> Pat
     `timings` are the wall seconds of this run by step. Whatever has not been made is left out,
     with a line that names the command that makes it.
     """
-    from bokeh.embed import components
-    from bokeh.resources import Resources
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     contents = gather(stages)
-    of_models, of_checkpoints = plots(contents), quantization_plots(contents.checkpoints)
-    drawn = [*of_models, *of_checkpoints]
-    script, divs = components([plot.figure for plot in drawn]) if drawn else ("", ())
-    figures = [
-        {"title": plot.title, "note": plot.note, "div": div}
-        for plot, div in zip(drawn, divs, strict=True)
-    ]
-    environment = Environment(
-        loader=PackageLoader("tunesmith.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    resources = Resources(mode="inline", components=["bokeh"])
-    html = environment.get_template("report.html.jinja").render(
-        **_facts(contents, timings),
-        plots=figures[: len(of_models)],
-        checkpoint_plots=figures[len(of_models) :],
-        bokeh=resources.render() if drawn else "",
-        script=script,
-        say=say,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / REPORT
-    path.write_text(html, encoding="utf-8")
-    return path
+    groups = {
+        "plots": plots(contents),
+        "checkpoint_plots": quantization_plots(contents.checkpoints),
+    }
+    return render_page("report.html.jinja", out / REPORT, _facts(contents, timings), groups)
 
 
 def _facts(contents: Contents, timings: Mapping[str, float]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tunesmith.bench.cells import pair, usd
 from tunesmith.bench.measure import Meter
 from tunesmith.bench.results import Run, variant_result
 from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
+from tunesmith.bench.worth import sentence, worth
 from tunesmith.config import ModelError
 from tunesmith.config.schema.bench import Bench
 from tunesmith.engine import EngineSpec, engine_spec
@@ -52,7 +53,7 @@ def run(stages: Stages, mode: str = "all") -> dict[str, Any]:
             }
             for name, work in works.items():
                 _finish(stages, name, work, refusals)
-    return {"modes": {name: _summary(stages.made(draft)) for name, draft in drafts.items()}}
+    return {"modes": {name: _summary(stages, stages.made(draft)) for name, draft in drafts.items()}}
 
 
 def show(result: dict[str, Any]) -> RenderableType:
@@ -66,6 +67,7 @@ def show(result: dict[str, Any]) -> RenderableType:
                 parts.append(Text(f"{name} cannot run here: {figures['refused']}"))
             for fault in figures.get("faults", ()):
                 parts.append(Text(f"{name} is INVALID: {fault['check']}: {fault['detail']}"))
+        parts += [Text(sentence(*found)) for found in summary["economics"].items()]
     return Group(*parts)
 
 
@@ -148,8 +150,14 @@ def _finish(stages: Stages, mode: str, work: Work, refusals: dict[str, str]) -> 
     work.metrics["variants"] = {name: entry["figures"] for name, entry in variants.items()}
 
 
-def _summary(artifact: Artifact) -> dict[str, Any]:
-    return {"id": artifact.id, "variants": artifact.manifest.metrics["variants"]}
+def _summary(stages: Stages, artifact: Artifact) -> dict[str, Any]:
+    variants = artifact.manifest.metrics["variants"]
+    found = {name: worth(stages, name, figures) for name, figures in variants.items()}
+    return {
+        "id": artifact.id,
+        "variants": variants,
+        "economics": {name: value for name, value in found.items() if value},
+    }
 
 
 def _columns(mode: str) -> list[str]:

@@ -157,7 +157,9 @@ class Meter:
         discarded: tuple[Phase, ...] = ()
         while True:
             phase = await measure(name)
-            if not phase.faults or len(discarded) + 1 == ATTEMPTS:
+            # More of the same would be as short.
+            doubtful = any(fault.check != "too_short" for fault in phase.faults)
+            if not doubtful or len(discarded) + 1 == ATTEMPTS:
                 return Phase(phase.rounds, phase.faults, discarded)
             log(f"{self.target.name}: {name} is measured again: {phase.faults[0].detail}")
             discarded += (phase,)

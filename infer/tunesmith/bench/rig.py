@@ -57,6 +57,8 @@ class Measured(Generic[T]):
     load_s: float
     wall_s: float
     """From its start to its end."""
+    engine_bytes: int | None
+    """Memory that its processes held in the end; None where it is a GPU's."""
 
 
 @contextlib.contextmanager
@@ -86,7 +88,8 @@ def on_server(
     with EngineServer(spec, log_path=log_path) as server:
         target, load_s = Target(name, server.url, spec.served_name), server.load_s
         found = asyncio.run(_with_meter(rig, target, work))
-    return Measured(found, load_s, time.perf_counter() - started_s)
+        held = None if gpu_names() else _group_bytes(server.pid)
+    return Measured(found, load_s, time.perf_counter() - started_s, held)
 
 
 async def _with_meter(rig: Rig, target: Target, work: Callable[[Meter], Awaitable[T]]) -> T:
@@ -133,6 +136,19 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
     partial.replace(path)
+
+
+def _group_bytes(group: int | None) -> int | None:
+    """Resident memory of a process group, shared pages once; None where it is unknown."""
+    total_kib = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            after_name = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+            if int(after_name.split()[2]) == group:
+                rollup = status.with_name("smaps_rollup").read_text(encoding="utf-8")
+                (pss,) = (line for line in rollup.splitlines() if line.startswith("Pss:"))
+                total_kib += int(pss.split()[1])
+    return 1024 * total_kib or None
 
 
 def _devices(stages: Stages) -> int:

@@ -81,6 +81,11 @@ def read_shape(folder: Path, dtype: str, adapter: Path | None = None) -> Shape |
     )
 
 
+def weights_bytes(folder: Path, adapter: Path | None = None) -> int:
+    """Size of all weights, those of an adapter too."""
+    return sum(sum(_tensor_bytes(path).values()) for path in (folder, adapter) if path)
+
+
 def roofline(evidence: Evidence, shape: Shape, ceiling: Ceiling) -> Roofline | None:
     """Of one round; None where the engine does not count its passes."""
     if not evidence.counted.steps or not evidence.wall_s:

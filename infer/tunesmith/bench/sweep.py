@@ -22,6 +22,7 @@ from tunesmith.bench.measure import Meter, Phase
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
 from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
 from tunesmith.bench.search import bracket, next_rate
+from tunesmith.bench.worth import sentence, worth
 from tunesmith.config import ModelError
 from tunesmith.engine import EngineSpec, engine_spec
 from tunesmith.ledger import Artifact, Work, describe_environment
@@ -37,7 +38,7 @@ def run(stages: Stages) -> dict[str, Any]:
     """Measure what is not measured yet. Raises ModelError when the engine refuses every model."""
     draft = stages.bench("sweep")
     if found := stages.store.find(draft.id):
-        return _summary(found)
+        return _summary(stages, found)
     for name in stages.benchmarked:
         require_approval(stages, name)
     specs = {name: engine_spec(stages, name) for name in stages.benchmarked}
@@ -61,7 +62,7 @@ def run(stages: Stages) -> dict[str, Any]:
         )
         work.metrics["mode"] = "sweep"
         work.metrics["variants"] = {name: _brief(found) for name, found in variants.items()}
-    return _summary(stages.made(draft))
+    return _summary(stages, stages.made(draft))
 
 
 class Points:
@@ -218,8 +219,15 @@ def _brief(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _summary(artifact: Artifact) -> dict[str, Any]:
-    return {"id": artifact.id, "variants": artifact.manifest.metrics["variants"]}
+def _summary(stages: Stages, artifact: Artifact) -> dict[str, Any]:
+    """With what a request costs at saturation, and at the rate that keeps the promise."""
+    variants = artifact.manifest.metrics["variants"]
+    found: dict[str, dict[str, Any]] = {}
+    for name, points in variants.items():
+        for at in ("saturation", "best"):
+            if (point := points.get(at)) and (value := worth(stages, name, point["figures"])):
+                found.setdefault(name, {})[at] = value
+    return {"id": artifact.id, "variants": variants, "economics": found}
 
 
 def show(result: dict[str, Any]) -> RenderableType:
@@ -237,6 +245,9 @@ def show(result: dict[str, Any]) -> RenderableType:
         title = f"bench sweep · {name} · {result['id']}"
         parts.append(make_table(title, columns, [_row(point) for point in points]))
         parts.append(Text(_verdict(found)))
+        for at, value in result["economics"].get(name, {}).items():
+            where = "At that rate" if at == "best" else "At saturation"
+            parts.append(Text(f"{where}, {sentence(name, value)}"))
     return Group(*parts)
 
 

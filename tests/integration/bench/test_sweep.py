@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from upstream import FakeEngine, Upstream
 
 from tunesmith.bench import rig, sweep
 from tunesmith.bench.measure import Meter
+from tunesmith.bench.page import write_page
 from tunesmith.config import ModelError
 from tunesmith.pipeline import Stages
 
@@ -30,14 +31,10 @@ BENCH = {
 }
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
-    monkeypatch.setattr(FakeEngine, "upstream", Upstream(ttft_s=SERVICE_S, one_at_a_time=True))
-    monkeypatch.setattr(FakeEngine, "starts", 0)
-    monkeypatch.setattr(rig, "EngineServer", FakeEngine)
-    monkeypatch.setattr(rig, "measure_ceiling", lambda: None)
+@pytest.fixture(autouse=True)
+def one_server(engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "upstream", Upstream(ttft_s=SERVICE_S, one_at_a_time=True))
     monkeypatch.setattr(sweep, "LEAST_S", 1.0)
-    yield FakeEngine
 
 
 @pytest.fixture
@@ -46,7 +43,7 @@ def stages(tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]) -> Sta
 
 
 def test_the_highest_rate_that_keeps_the_promise(
-    stages: Stages, engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One server of 20 ms takes fifty requests a second, and keeps 150 ms somewhat below."""
     loads: list[str] = []
@@ -84,15 +81,16 @@ def test_the_highest_rate_that_keeps_the_promise(
     assert len(whole["rates"][0]["samples"]) >= 30
     monkeypatch.setattr(rig, "EngineServer", None)
     assert sweep.run(stages) == result
+    page = write_page(stages.store, result["id"], tmp_path / "bench.html").read_text()
+    assert "Latency against rate, base" in page and len(page) < 3_000_000
     text = io.StringIO()
     Console(file=text, width=200).print(sweep.show(result))
+    assert "At saturation, base: USD 2" in text.getvalue()
     assert "requests/s is the most that keeps the promise" in text.getvalue()
 
 
-def test_a_search_ends_with_its_time(
-    stages: Stages, engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    section = {"search_s": 0.5, "rates": (), "concurrencies": ()}
+def test_a_search_ends_with_its_time(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"search_s": 0.5, "rates": (), "concurrencies": (), "rounds": 1}
     bench = stages.recipe.bench.model_copy(update=section)
     changed = Stages(stages.recipe.model_copy(update={"bench": bench}), stages.store)
     found = sweep.run(changed)["variants"]["base"]

@@ -87,7 +87,6 @@ def test_pairs_of_the_same_and_of_others(tmp_path, store, monkeypatch):
     monkeypatch.setattr("tunesmith.statistics.bootstrap.RESAMPLES_OF_CLUSTERS", 20)
     assert verdicts(tmp_path, store, full_queue, "batch", 1.0)["no difference shown"] >= MOST
     assert verdicts(tmp_path, store, full_queue, "batch", 1.15)["slower"] >= MOST
-    assert verdicts(tmp_path, store, full_queue, "batch", 0.87)["faster"] >= MOST
 
 
 def test_a_queue_does_not_fake_a_difference(tmp_path, store, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import asdict
 
 import pytest
 
@@ -15,6 +16,7 @@ from tunesmith.bench.energy import EnergyMeter, open_energy
 from tunesmith.bench.figures import Window
 from tunesmith.bench.roofline import Shape, read_shape, roofline
 from tunesmith.bench.validity import Evidence
+from tunesmith.bench.worth import sentence
 from tunesmith.config.schema.bench import Bench
 
 API = {"input_usd_per_million_tokens": 0.5, "output_usd_per_million_tokens": 1.5}
@@ -38,6 +40,19 @@ def test_traffic_decides_how_many_engines_are_paid_for():
     assert (found.engines, found.hour_usd) == (2, 7.2)
     assert found.api_hour_usd == pytest.approx(12.5)
     assert found.payback_requests == pytest.approx(26.5 / (5.3 / 10_000)), "what is saved, of it"
+
+
+def test_it_is_said_in_a_sentence():
+    bench = Bench(api_price=API, requests_per_hour=10_000, lifetime_requests=10_000)
+    text = sentence("tuned", asdict(economics(bench, 3.6, CAPACITY, 25.0)))
+    assert text == (
+        "tuned: USD 0.0005 a request, USD 0.000625 one within the promise, USD 0.0025 more for its "
+        "making; the API asks USD 0.00125: one engine is cheaper above 2,880 an hour; the expected "
+        "traffic takes 2 for USD 7.2 an hour, USD 12.5 at the API; its making is paid back after "
+        "47,170 requests."
+    )
+    dear = sentence("tuned", asdict(economics(Bench(api_price=API), 36.0, CAPACITY, None)))
+    assert dear.endswith("is cheaper at any traffic that one engine can answer.")
 
 
 def test_an_engine_that_is_dearer_at_its_best_never_breaks_even():

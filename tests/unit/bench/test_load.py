@@ -35,10 +35,24 @@ def measure(metered, upstream, bench, phase="arrivals"):
     return asyncio.run(load())
 
 
-def assert_within_5_percent(measured_ms, true_s):
-    for percent in (50, 95, 99):
-        true_ms = 1000 * float(np.percentile(true_s, percent))
-        assert measured_ms[f"p{percent}"].value == pytest.approx(true_ms, rel=0.05), percent
+TRIES = 3  # a machine that does other things meanwhile is late in some; a wrong figure is in all
+
+
+def assert_within_5_percent(metered, make_upstream, bench, truths_s):
+    """Measured until every figure is true at p50, p95 and p99, three times at most."""
+    for _ in range(TRIES):
+        phase = measure(metered, make_upstream(), bench)
+        found = latencies_ms(phase.samples, seed=0)
+        off = {
+            f"{name} p{percent}": (found[name][f"p{percent}"].value, true_ms)
+            for name, true_s in truths_s.items()
+            for percent in (50, 95, 99)
+            if (true_ms := 1000 * float(np.percentile(true_s, percent)))
+            != pytest.approx(found[name][f"p{percent}"].value, rel=0.05)
+        }
+        if not off and not phase.faults:
+            return phase
+    raise AssertionError(f"{off}, {phase.faults}")
 
 
 def waits(arrivals_s, service_s):
@@ -52,12 +66,8 @@ def waits(arrivals_s, service_s):
 
 def test_constant_latency(metered, upstream):
     bench = Bench(rounds=1, requests=120, request_rate=60, max_tokens=8)
-    phase = measure(metered, upstream(ttft_s=0.25, tpot_s=0.04), bench)
-    assert phase.faults == []
-    found = latencies_ms(phase.samples, seed=0)
-    assert_within_5_percent(found["ttft_ms"], [0.25])
-    assert_within_5_percent(found["tpot_ms"], [0.04])
-    assert_within_5_percent(found["e2e_ms"], [0.25 + 7 * 0.04])
+    truths_s = {"ttft_ms": [0.25], "tpot_ms": [0.04], "e2e_ms": [0.25 + 7 * 0.04]}
+    assert_within_5_percent(metered, lambda: upstream(ttft_s=0.25, tpot_s=0.04), bench, truths_s)
 
 
 def test_a_queue_before_one_server(metered, upstream):
@@ -65,8 +75,9 @@ def test_a_queue_before_one_server(metered, upstream):
     service_s, rate, count = 0.06, 14.0, 100
     true_s = waits(poisson_arrivals(rate, count, seed=3), service_s)
     bench = Bench(rounds=1, requests=count, request_rate=rate, max_tokens=1)
-    phase = measure(metered, upstream(ttft_s=service_s, one_at_a_time=True), bench)
-    assert_within_5_percent(latencies_ms(phase.samples, seed=0)["ttft_ms"], true_s)
+    assert_within_5_percent(
+        metered, lambda: upstream(ttft_s=service_s, one_at_a_time=True), bench, {"ttft_ms": true_s}
+    )
 
 
 def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
@@ -76,20 +87,19 @@ def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
         for arrival_s in poisson_arrivals(rate, count, seed=3)
     ]
     bench = Bench(rounds=1, requests=count, request_rate=rate, max_tokens=1)
-    phase = measure(metered, upstream(ttft_s=ttft_s, stall=stall), bench)
-    assert_within_5_percent(latencies_ms(phase.samples, seed=0)["ttft_ms"], true_s)
+    assert_within_5_percent(
+        metered, lambda: upstream(ttft_s=ttft_s, stall=stall), bench, {"ttft_ms": true_s}
+    )
 
 
 def test_tokens_in_bursts(metered, upstream):
+    """A reader waits for four tokens at a time, and gets them at 40 ms each."""
     bench = Bench(rounds=1, requests=100, request_rate=60, max_tokens=12)
-    phase = measure(metered, upstream(ttft_s=0.2, tpot_s=0.04, burst=4), bench)
-    assert phase.faults == []
+    truths_s = {"itl_ms": [0.16], "tpot_ms": [0.04], "ttft_ms": [0.2 + 3 * 0.04]}
+    phase = assert_within_5_percent(
+        metered, lambda: upstream(ttft_s=0.2, tpot_s=0.04, burst=4), bench, truths_s
+    )
     assert phase.samples[0].piece_tokens == (4, 4, 4)
-    found = latencies_ms(phase.samples, seed=0)
-    # A reader waits for four tokens at a time, and gets them at 40 ms each.
-    assert_within_5_percent(found["itl_ms"], [0.16])
-    assert_within_5_percent(found["tpot_ms"], [0.04])
-    assert_within_5_percent(found["ttft_ms"], [0.2 + 3 * 0.04])
 
 
 def test_concurrency_is_kept_and_warm_up_is_apart(metered, upstream):

@@ -45,7 +45,7 @@ def find_price(stages: Stages, variant: str) -> TokenPrice | None:
     """What `bench serve` or `bench batch` measured for a model of the recipe."""
     if stages.recipe.bench is None:
         return None
-    for mode in ("serve", "batch"):
+    for mode in ("serve", "batch", "frontier"):
         found = stages.store.find(stages.bench(mode).id)
         measured = found.manifest.metrics.get("variants", {}).get(variant) if found else None
         if found and measured and (price := _measured(measured, found.id)):

@@ -1,0 +1,209 @@
+"""`tunesmith bench frontier`: quality, goodput, price and memory of every model, measured in turns.
+
+A round starts the engine of each model once: A, B, C, A, B, C. What the machine does between the
+rounds is so in all models alike. A round of a model is kept as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from tunesmith.bench.cells import frontier_columns, frontier_row
+from tunesmith.bench.choice import choose, verdict
+from tunesmith.bench.client import Sample
+from tunesmith.bench.counters import Counters
+from tunesmith.bench.figures import Window
+from tunesmith.bench.measure import Meter, Phase
+from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
+from tunesmith.bench.rig import Rig, bench_of, hour_usd, on_server, open_rig, write_json
+from tunesmith.bench.roofline import weights_bytes
+from tunesmith.bench.validity import Evidence, faults
+from tunesmith.config import GateError, ModelError, UserError
+from tunesmith.engine import EngineSpec, engine_spec
+from tunesmith.ledger import Artifact, Work, describe_environment
+from tunesmith.pipeline import Stages
+from tunesmith.pipeline.verdict import require_approval
+from tunesmith.statistics import compare
+from tunesmith.terminal import log, make_table
+
+_PHASES = ("prompts", "full_queue", "arrivals")
+
+
+def run(stages: Stages) -> dict[str, Any]:
+    """Measure what is not measured yet; quality is read of the evaluations that are made."""
+    if hour_usd(stages) is None:
+        raise UserError(f"{stages.path}: bench frontier needs a price section")
+    draft = stages.bench("frontier")
+    if (found := stages.store.find(draft.id)) is None:
+        with contextlib.ExitStack() as opened:
+            work = opened.enter_context(stages.store.write(draft, stages.recipe))
+            rig = opened.enter_context(open_rig(stages))
+            _measure(stages, work, rig)
+        found = stages.made(draft)
+    return result_of(stages, found)
+
+
+def _measure(stages: Stages, work: Work, rig: Rig) -> None:
+    refusals: dict[str, dict[str, str]] = {}
+    specs: dict[str, EngineSpec] = {}
+    for name in stages.benched("frontier"):
+        try:
+            require_approval(stages, name)
+            specs[name] = engine_spec(stages, name)
+        except GateError as error:
+            refusals[name] = {"kind": "verification", "refused": str(error)}
+    for place in range(rig.bench.rounds):
+        for name, spec in specs.items():
+            path = work.scratch / f"{name}.round-{place}.json"
+            if name in refusals or path.exists():
+                continue
+            log(f"bench frontier: round {place + 1}/{rig.bench.rounds}: {name}")
+            try:
+                write_json(path, _round(rig, work, name, spec))
+            except ModelError as error:
+                log(f"bench {name}: refused: {error}")
+                refusals[name] = {"kind": "engine", "refused": str(error)}
+    if len(refusals) == len(stages.benched("frontier")):
+        first = next(iter(refusals.values()))["refused"]
+        raise ModelError(f"no model of {stages.path} runs here: {first}")
+    variants = {
+        name: refusals.get(name) or _entry(rig, work, name, specs[name])
+        for name in stages.benched("frontier")
+    }
+    found = {
+        "schema_version": 2,
+        "mode": "frontier",
+        "bench": bench_of(stages).model_dump(mode="json"),
+        "environment": describe_environment(),
+        "variants": variants,
+    }
+    write_json(work.out / "bench.json", found)
+    work.metrics["mode"] = "frontier"
+    work.metrics["variants"] = {
+        name: {key: value for key, value in entry.items() if key != "samples"}
+        for name, entry in variants.items()
+    }
+
+
+def _round(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
+    """One start of an engine and one round of every load."""
+
+    async def phases(meter: Meter) -> dict[str, Any]:
+        await meter.warm_up()
+        return {
+            "prompts": await meter.prompts_only(),
+            "full_queue": await meter.full_queue(rounds=1),
+            "arrivals": await meter.arrivals(rounds=1),
+        }
+
+    measured = on_server(rig, name, spec, work.scratch / f"{name}.log", phases)
+    rounds = {key: asdict(phase.rounds[0]) for key, phase in measured.found.items()}
+    return {"load_s": measured.load_s, "engine_bytes": measured.engine_bytes, **rounds}
+
+
+def _entry(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
+    """All rounds of a model together."""
+    read = [
+        json.loads((work.scratch / f"{name}.round-{place}.json").read_text(encoding="utf-8"))
+        for place in range(rig.bench.rounds)
+    ]
+    prompts, full_queue, arrivals = (
+        _phase([_evidence(one[key]) for one in read]) for key in _PHASES
+    )
+    share = reading_share(prompts, full_queue)
+    saturated = phase_figures(full_queue, rig.bench, rig.seed)
+    arriving = phase_figures(arrivals, rig.bench, rig.seed)
+    doubtful = [*doubts(full_queue, prompts), *arrivals.faults]
+    at_rate = priced(arriving, rig.hour_usd, share)
+    return {
+        "valid": not doubtful,
+        "faults": [asdict(fault) for fault in doubtful],
+        **priced(saturated, rig.hour_usd, share),
+        "usd_per_accepted_request": at_rate["usd_per_accepted_request"],
+        "output_tokens_per_s": saturated["output_tokens_per_s"],
+        "goodput": arriving["goodput"],
+        "ttft_ms": arriving["ttft_ms"],
+        "tpot_ms": arriving["tpot_ms"],
+        "spread": saturated["spread"],
+        "weights_bytes": weights_bytes(spec.model, spec.adapter),
+        "engine_bytes": max((one["engine_bytes"] for one in read if one["engine_bytes"]), default=0)
+        or None,
+        "load_s": min(one["load_s"] for one in read),
+        "samples": samples_of(arrivals, rig.hour_usd),
+    }
+
+
+def _phase(rounds: list[Evidence]) -> Phase:
+    return Phase(tuple(rounds), faults(rounds))
+
+
+def _evidence(kept: dict[str, Any]) -> Evidence:
+    """What `asdict` made of it, back."""
+    samples = [
+        Sample(**one | {key: tuple(one[key]) for key in ("piece_s", "piece_tokens")})
+        for one in kept["samples"]
+    ]
+    counted, window = Counters(**kept["counted"]), Window(*kept["window"])
+    return Evidence(**kept | {"samples": samples, "counted": counted, "window": window})
+
+
+def result_of(stages: Stages, artifact: Artifact) -> dict[str, Any]:
+    """The cells of a finished frontier, with the quality that is known now, and the choice."""
+    variants = artifact.manifest.metrics["variants"]
+    reference = "tuned" if "tuned" in variants else next(iter(variants))
+    cells = [
+        {"variant": name, **entry, **_quality(stages, name, reference)}
+        for name, entry in variants.items()
+    ]
+    chosen = choose(cells, bench_of(stages).most_loss)
+    return {
+        "id": artifact.id,
+        "reference": reference,
+        "cells": chosen,
+        "verdict": verdict(chosen),
+    }
+
+
+def _quality(stages: Stages, name: str, reference: str) -> dict[str, Any]:
+    """The paired change of loss against the reference, with its interval, or why there is none."""
+    section = stages.recipe.evaluate
+    if section is None:
+        return {"loss_change": None, "quality": "the recipe has no evaluate section"}
+    if name == reference:
+        return {"loss_change": dict.fromkeys(("value", "low", "high"), 0.0), "quality": "reference"}
+    made = [stages.store.find(stages.evaluation(one).id) for one in (name, reference)]
+    missing = [one for one, found in zip((name, reference), made, strict=True) if found is None]
+    if missing:
+        return {"loss_change": None, "quality": f"not evaluated: {', '.join(missing)}"}
+    left, right = (_rows(found.root / "rows.jsonl") for found in made if found)
+    found = compare(left, right, "completion_loss", section.confidence, stages.recipe.seed)
+    if found is None or found.relative is None:
+        return {"loss_change": None, "quality": "no row was measured for both"}
+    return {"loss_change": found.relative._asdict(), "quality": "measured"}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def show(result: dict[str, Any]) -> RenderableType:
+    """One line for each model, and the choice."""
+    rows = [frontier_row(cell) for cell in result["cells"]]
+    title = f"bench frontier · {result['id']} · against {result['reference']}"
+    parts: list[RenderableType] = [make_table(title, frontier_columns(), rows)]
+    for cell in result["cells"]:
+        if "refused" in cell:
+            parts.append(Text(f"{cell['variant']} is refused ({cell['kind']}): {cell['refused']}"))
+        elif cell["quality"] not in ("measured", "reference"):
+            parts.append(Text(f"{cell['variant']}: quality is unknown: {cell['quality']}"))
+        for fault in cell.get("faults", ()):
+            parts.append(Text(f"{cell['variant']} is INVALID: {fault['check']}: {fault['detail']}"))
+    return Group(*parts, Text(result["verdict"]))

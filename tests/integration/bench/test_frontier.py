@@ -1,0 +1,153 @@
+"""Models in turns, and the choice between them: made-up evaluations, stand-ins for engines."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from upstream import FakeEngine, Upstream
+
+from tunesmith.bench import frontier
+from tunesmith.bench.choice import cheapest, choose, verdict
+from tunesmith.bench.page import write_page
+from tunesmith.config import ModelError, UserError
+from tunesmith.pipeline import Stages
+from tunesmith.serve.govern.price import find_price
+
+BENCH = {"requests": 30, "rounds": 2, "concurrency": 6, "request_rate": 30, "max_tokens": 4}
+LOSS = {"base": 1.3, "tuned": 1.0, "w8a8-int8": 1.001, "w4a16": 1.01}
+
+
+@pytest.fixture
+def stages(tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]) -> Stages:
+    """Every model a copy of the same, and every evaluation made up."""
+    made = stages_of(
+        tmp_path,
+        llama,
+        train={"method": "full"},
+        quantize={"scheme": ["w8a8-int8", "w4a16"]},
+        evaluate={"variants": list(LOSS)},
+        bench=BENCH,
+        price={"gpu_hour_usd": 3.6},
+    )
+    for name, draft in made.variants.items():
+        if name == "base":
+            made.made(draft)
+            continue
+        with made.store.write(draft, made.recipe) as work:
+            shutil.copytree(llama, work.out, dirs_exist_ok=True)
+    for name, loss in LOSS.items():
+        own = random.Random(3)
+        with made.store.write(made.evaluation(name), made.recipe) as work:
+            rows = [
+                {
+                    "id": str(row),
+                    "completion_loss_sum_nats": 20 * loss * own.uniform(0.9, 1.1),
+                    "completion_tokens": 20,
+                }
+                for row in range(40)
+            ]
+            (work.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def test_models_take_turns_and_one_is_chosen(
+    stages: Stages, engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ids = {name: draft.id for name, draft in stages.variants.items()}
+    monkeypatch.setattr(engine, "upstream", Upstream(ttft_s=0.06, tpot_s=0.01))
+    monkeypatch.setattr(engine, "refused", (ids["w4a16"],))
+    monkeypatch.setattr(engine, "slower", {ids["tuned"]: 1.6})
+    measure = frontier._round
+    measured: list[str] = []
+
+    def stopping(rig: Any, work: Any, name: str, spec: Any) -> Any:
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return measure(rig, work, name, spec)
+
+    monkeypatch.setattr(frontier, "_round", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        frontier.run(stages)
+    assert measured == ["base", "tuned", "w8a8-int8", "w4a16"]
+    monkeypatch.setattr(frontier, "_round", measure)
+    result = frontier.run(stages)
+    assert len(engine.order) == 6, "three models, twice; what was measured is kept"
+    assert engine.order[:3] == engine.order[3:], "in turns"
+
+    cells = {cell["variant"]: cell for cell in result["cells"]}
+    assert cells["w4a16"]["kind"] == "engine" and "no kernel" in cells["w4a16"]["refused"]
+    rates = {
+        name: cell["output_tokens_per_s"]["value"]
+        for name, cell in cells.items()
+        if "valid" in cell
+    }
+    assert rates["w8a8-int8"] == pytest.approx(1.6 * rates["tuned"], rel=0.15)
+    change = cells["w8a8-int8"]["loss_change"]
+    assert change["value"] == pytest.approx(0.001) and cells["w8a8-int8"]["keeps_quality"]
+    assert cells["tuned"]["quality"] == "reference" and not cells["base"]["keeps_quality"]
+    for cell in cells.values():
+        assert "refused" in cell or cell["weights_bytes"] > 1000
+
+    text = io.StringIO()
+    Console(file=text, width=220).print(frontier.show(result))
+    assert "w4a16 is refused (engine): no kernel for it" in text.getvalue()
+    page = write_page(stages.store, result["id"], tmp_path / "bench.html").read_text()
+    assert "no kernel for it" in page and result["verdict"] in page
+    price = find_price(stages, "w8a8-int8")
+    if cells["w8a8-int8"]["valid"]:  # a busy machine may rightly be told otherwise
+        assert price and price.source == result["id"]
+        assert "w8a8-int8 is the cheapest" in result["verdict"]
+    assert find_price(stages, "w4a16") is None, "no benchmark for this, rather than a guess"
+
+
+def test_a_frontier_needs_a_price_and_a_model_that_runs(
+    stages: Stages, engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = Stages(stages.recipe.model_copy(update={"price": None}), stages.store)
+    with pytest.raises(UserError, match="needs a price"):
+        frontier.run(free)
+    monkeypatch.setattr(engine, "refused", ("",))
+    with pytest.raises(ModelError, match="no model of .* runs here: no kernel"):
+        frontier.run(stages)
+
+
+def cell(name: str, loss: float, usd: float, *, valid: bool = True, slo: bool = True) -> Any:
+    return {
+        "variant": name,
+        "valid": valid,
+        "loss_change": {"value": loss, "low": loss - 0.001, "high": loss + 0.001},
+        "usd_per_million_output_tokens": usd,
+        "goodput": {"slo_kept": slo},
+    }
+
+
+def test_the_pareto_set_has_what_nothing_beats() -> None:
+    cells = [
+        cell("bf16", 0.0, 4.0),
+        cell("int8", 0.002, 2.0),
+        cell("int8-slow", 0.002, 3.0),
+        cell("int4", 0.018, 1.0),
+        cell("int3", 0.05, 0.9),
+        cell("late", 0.001, 0.5, slo=False),
+        cell("doubtful", -0.1, 0.1, valid=False),
+        {"variant": "gone", "refused": "no kernel", "kind": "engine"},
+    ]
+    chosen = choose(cells, most_loss=0.02)
+    assert [one["variant"] for one in chosen if one["pareto"]] == ["bf16", "late"]
+    without = choose([one for one in cells if one["variant"] != "late"], most_loss=0.02)
+    front = [one["variant"] for one in without if one["pareto"]]
+    assert front == ["bf16", "int8", "int4", "int3"]
+    best = cheapest(chosen)
+    assert best and best["variant"] == "int4", "with all of its interval below the limit"
+    assert "int4 is the cheapest" in verdict(chosen)
+    assert cheapest(choose(cells, most_loss=-1.0)) is None
+    assert "No model keeps" in verdict(choose(cells, most_loss=-1.0))
