@@ -143,7 +143,10 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Whole events of `chunk` and what was left before it."""
-        whole, end, self._rest = (self._rest + chunk).rpartition(b"\n\n")
+        given = self._rest + chunk
+        if b"\r" in given:  # as some APIs end their lines
+            given = given.replace(b"\r\n", b"\n")
+        whole, end, self._rest = given.rpartition(b"\n\n")
         if not end:
             return b""
         return b"".join(self._event(event) for event in whole.split(b"\n\n"))
