@@ -2,7 +2,8 @@
 
 Engines tell the tokens of a stream only when asked, so streams are always asked for them, and
 vLLM's with every piece: then a client that leaves in the middle is charged what the engine did for
-it. What the client did not ask for is cut out again, and all other bytes are those of the engine.
+it. What the client did not ask for is cut out again, and all other bytes are those of the engine,
+with LF at the ends of lines.
 """
 
 from __future__ import annotations
