@@ -210,6 +210,9 @@ class Gateway:
         if screen := self.governance.rails.of(route.name):
             visit.screen = screen
             visit.ask = await screen.enter(visit.path, visit.method, visit.ask)
+            # What was there before the wait may be unloaded by now.
+            table = self._tables.table
+            route = table.routes[route.name]
         upstreams = table.arms(route.order(route.choose(_identity(visit, route))))
         visit.first = visit.arm = upstreams[0]
         with held(upstreams):
