@@ -140,7 +140,7 @@ async def _listen(gateway: Gateway, port: int) -> None:
 
 
 def _wait(url: str) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 180
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):

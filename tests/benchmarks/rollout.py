@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmark import describe, finish
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from rolling import Arm, Outcome, play  # noqa: E402
+from rolling import Arm, play  # noqa: E402
 
 from tunesmith.config.schema.routes import Rollout  # noqa: E402
 
@@ -36,20 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="of each fault")
     parser.add_argument("--equal", type=int, default=20, help="rollouts of equal arms")
+    parser.add_argument("--jobs", type=int, default=2, help="rollouts at once, each on a core")
     parser.add_argument("--longest-s", type=float, default=120.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {
-        name: [
-            _one(asyncio.run(_play(seed, fault, options.longest_s)))
-            for seed in range(options.repeats)
-        ]
-        for name, fault in FAULTS.items()
-    }
-    equal = [
-        _one(asyncio.run(_play(1000 + seed, {}, options.longest_s)))
-        for seed in range(options.equal)
-    ]
+    faulty = [(seed, name, options.longest_s) for name in FAULTS for seed in range(options.repeats)]
+    even = [(1000 + seed, None, options.longest_s) for seed in range(options.equal)]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        runs = pool.starmap(_one, [*faulty, *even], chunksize=1)
+    equal = runs[len(faulty) :]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in FAULTS}
+    for (_, name, _), run in zip(faulty, runs, strict=False):
+        found[name].append(run)
     figures = {
         "plan": Rollout().model_dump(mode="json"),
         "bound_s": BOUND_S,
@@ -60,11 +59,9 @@ def main() -> None:
     finish(options.out, describe(parser, figures), _faults(found, equal))
 
 
-async def _play(seed: int, fault: dict[str, Any], longest_s: float) -> Outcome:
-    return await play(Arm("old"), Arm("new", **fault), Rollout(), longest_s=longest_s, seed=seed)
-
-
-def _one(outcome: Outcome) -> dict[str, Any]:
+def _one(seed: int, fault: str | None, longest_s: float) -> dict[str, Any]:
+    new = Arm("new", **FAULTS[fault] if fault else {})
+    outcome = asyncio.run(play(Arm("old"), new, Rollout(), longest_s=longest_s, seed=seed))
     last = outcome.decisions[-1]
     return {
         "state": outcome.rollout.state,

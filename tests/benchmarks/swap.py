@@ -54,6 +54,7 @@ class Answer:
 def main() -> None:
     """Swap, count, and end with 3 when an answer was lost, cut, mixed or wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--swaps", nargs="*", default=["adapter", "model"])
     parser.add_argument("--requests", type=int, default=1000, help="of each swap")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -62,17 +63,19 @@ def main() -> None:
         scratch = Path(folder)
         base = make_model(scratch / "base", "llama")
         adapters = [_adapter(base, scratch / f"v{at}", at) for at in range(1, 5)]
-        found = {
-            "adapter": _swap_adapter(scratch, base, adapters, options),
-            "model": _swap_model(scratch, base, options),
-        }
+        found = {}
+        if "adapter" in options.swaps:
+            found["adapter"] = _swap_adapter(scratch, base, adapters, options)
+        if "model" in options.swaps:
+            found["model"] = _swap_model(scratch, base, options)
     faults = [
         f"{name}: {what}: {one[what]}"
         for name, one in found.items()
         for what in ("faults", "mixed", "wrong")
         if one[what]
     ]
-    faults += [] if found["adapter"]["retired_status"] == 404 else ["a retired adapter answered"]
+    if "adapter" in found and found["adapter"]["retired_status"] != 404:
+        faults.append("a retired adapter answered")
     faults += [f"{name}: one version" for name, one in found.items() if len(one["answers"]) != 2]
     finish(options.out, describe(parser, found), faults)
 
@@ -197,6 +200,8 @@ async def _ask(session: aiohttp.ClientSession, port: int, prompt: str, *, stream
         return Answer(prompt, (found["model"],), found["choices"][0]["text"])
     *events, last = [line[6:] for line in text.split("\n\n") if line]
     pieces = [json.loads(event) for event in events]
+    if told := next((one["error"] for one in pieces if "error" in one), None):
+        return Answer(prompt, fault=f"in the stream: {told}")
     reasons = [one["choices"][0]["finish_reason"] for one in pieces]
     if last != "[DONE]" or reasons[-1] != "length":
         return Answer(prompt, fault="cut")

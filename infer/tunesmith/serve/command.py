@@ -63,6 +63,7 @@ def run(stages: Stages) -> dict[str, Any]:
             )
             plan = Plan.of(section.rollout, len(probes))
             rollouts = Rollouts(fleet, governance, database, plan, probes)
+            gateway.rollout_of = rollouts.running
             control = Control(fleet, builder, database, rollouts)
             control.restore()
             asyncio.run(_serve(section, listener, tls, fleet, gateway, control))
@@ -157,6 +158,7 @@ def _announce(section: Serve, models: list[str], load_s: float) -> None:
     body = json.dumps({"model": models[0], "messages": [{"role": "user", "content": "Hello"}]})
     key = f' -H "Authorization: Bearer ${section.api_key_env}"' if section.api_key_env else ""
     log(f"serve: ready after {load_s:.1f} s: {url} model {', '.join(models)}")
+    log(f"page: {url.removesuffix('/v1')}/ui")
     log(
         f"try: curl {url}/chat/completions -H 'Content-Type: application/json'{key} "
         f"-d {shlex.quote(body)}"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 
 from tunesmith.config import TunesmithError, UserError
 from tunesmith.serve.build import Builder, Part, hold
@@ -77,7 +78,12 @@ class Control:
         rolling = asyncio.create_task(self._rollouts.run())
         try:
             while True:
-                for row in await asyncio.to_thread(_take, self._database, [*self._declared]):
+                try:
+                    found = await asyncio.to_thread(_take, self._database, [*self._declared])
+                except DBAPIError as error:
+                    log(f"serve: commands cannot be read: {error.orig}")
+                    found = []
+                for row in found:
                     task = asyncio.create_task(self._answer(row))
                     self._open.add(task)
                     task.add_done_callback(self._open.discard)

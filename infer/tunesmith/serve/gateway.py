@@ -8,7 +8,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -26,6 +26,7 @@ from tunesmith.serve.govern.usage import Ask, read_ask
 from tunesmith.serve.page.api import add_page, describe
 from tunesmith.serve.page.live import Live
 from tunesmith.serve.relay import RETRY_AFTER_S
+from tunesmith.serve.rollout.record import Rollout
 from tunesmith.serve.routes import Route, Tables
 from tunesmith.serve.upstream import held
 
@@ -61,6 +62,8 @@ class Gateway:
         self._live = Live()
         governance.observers.append(self._live.observe)
         self._client: aiohttp.ClientSession
+        self.rollout_of: Callable[[str], Rollout | None] = lambda _: None
+        """The rollout that a route is in, for the page."""
         self.requests = 0
         """Requests that were taken."""
 
@@ -143,7 +146,7 @@ class Gateway:
 
     def _state(self) -> dict[str, Any]:
         """What the page shows of this server."""
-        return describe(self._tables.table) | {
+        return describe(self._tables.table, self.rollout_of) | {
             "is_draining": self._is_draining,
             "open": self._open,
             "requests": self.requests,
@@ -207,6 +210,9 @@ class Gateway:
         if screen := self.governance.rails.of(route.name):
             visit.screen = screen
             visit.ask = await screen.enter(visit.path, visit.method, visit.ask)
+            # What was there before the wait may be unloaded by now.
+            table = self._tables.table
+            route = table.routes[route.name]
         upstreams = table.arms(route.order(route.choose(_identity(visit, route))))
         visit.first = visit.arm = upstreams[0]
         with held(upstreams):

@@ -15,11 +15,14 @@ from browser import BROWSER, Page, chromium
 from gateways import before
 
 from tunesmith.config import Recipe
+from tunesmith.config.schema.routes import Rollout
 from tunesmith.ledger import Store
 from tunesmith.pipeline import Stages
 from tunesmith.serve.feedback.export import run
 from tunesmith.serve.govern.keys import create_key
 from tunesmith.serve.govern.price import TokenPrice
+from tunesmith.serve.rollout.decide import Plan
+from tunesmith.serve.rollout.record import start_rollout
 
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 ANSWER = "It adds two numbers and gives back their sum, as its name says."
@@ -97,15 +100,16 @@ async def use(page: Page, client: aiohttp.ClientSession, url: str, key: str) -> 
     await page.read("document.getElementById('key').value = 'ts-00000000-wrong'")
     await page.read(click("#key-form button"))
     await page.until("document.getElementById('key-fault').textContent.includes('know this key')")
-    (refusal,) = [fault for fault in page.faults if "401" in fault]
-    page.faults.remove(refusal)  # the browser itself tells of a refused request
+    # The browser itself tells of a refused request.
+    assert page.faults and all("401" in fault for fault in page.faults)
+    page.faults.clear()
     await page.read(f"document.getElementById('key').value = {json.dumps(key)}")
     await page.read(click("#key-form button"))
     await page.until("document.getElementById('status').textContent === 'ready'")
 
     await ask(client, key, 3)
     await page.until("document.querySelectorAll('#recent tr[data-id]').length === 3")
-    assert "bot" in await page.read("document.getElementById('routes').textContent")
+    assert "rollout 1 of 4" in await page.read("document.getElementById('routes').textContent")
     assert "ann" in await page.read("document.getElementById('costs').textContent")
     await page.until("Number(document.getElementById('requests-per-s').textContent) > 0")
     await page.until("document.getElementById('usd').textContent.startsWith('$0.')")
@@ -141,7 +145,10 @@ def test_from_the_key_to_the_export(tmp_path: Path) -> None:
             upstream, upstream.answer, store=tmp_path, keys=True, log={"payload": True},
             price=TokenPrice(20.0, 60.0, "a test"),
             prepare=lambda database: keys.append(create_key(database, "ann", group=None)[1]),
-        ) as (_, client), chromium() as page:  # fmt: skip
+        ) as (served, client), chromium() as page:  # fmt: skip
+            plan, old = Plan.of(Rollout(), 0), (("bot", 1.0),)
+            rollout = start_rollout(served.database, "bot", "bot@new", "adapter-1", old, plan)
+            served.gateway.rollout_of = {"bot": rollout}.get
             await use(page, client, str(client._base_url), keys[0])
 
     asyncio.run(asyncio.wait_for(go(), 90))

@@ -33,15 +33,12 @@ def test_an_interval_holds_what_was_seen_and_narrows(some: int, more: int, alpha
     assert -1.0 <= low <= high <= 1.0
 
 
-@pytest.mark.parametrize("p", [0.02, 0.5])
-def test_looked_at_after_every_trial_it_leaves_the_truth_out_as_rarely_as_promised(
-    p: float,
-) -> None:
+def test_looked_at_after_every_trial_it_leaves_the_truth_out_as_rarely_as_promised() -> None:
     """An ordinary 90 % interval would leave it out in most of these runs at some look."""
-    drawn, alpha, runs, missed = random.Random(17), 0.1, 150, 0
+    drawn, p, alpha, runs, missed = random.Random(17), 0.2, 0.1, 120, 0
     for _ in range(runs):
         seen = 0
-        for trials in range(1, 201):
+        for trials in range(1, 151):
             seen += drawn.random() < p
             low, high = proportion(seen, trials, alpha)
             if not low <= p <= high:

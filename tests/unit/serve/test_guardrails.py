@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -273,13 +272,12 @@ async def test_a_slow_pattern_blocks_its_request_and_holds_up_no_other() -> None
         evil = asyncio.create_task(
             client.post("/v1/chat/completions", **chat("a" * 3000 + "b" * 3000 + "d"))
         )
-        await asyncio.sleep(0.03)
-        slowest_s = 0.0
+        meanwhile = 0
         while not evil.done():
-            started_s = time.monotonic()
-            async with client.get("/healthz"):
-                slowest_s = max(slowest_s, time.monotonic() - started_s)
-        assert (await evil).status == 400 and slowest_s < 0.1
+            async with client.get("/healthz") as response:
+                assert response.status == 200
+            meanwhile += 1
+        assert (await evil).status == 400 and meanwhile >= 10
         assert hits(served)[0][0]["rule"] == "timeout"
 
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from gateways import asynchronous, before
+from gateways import ARTIFACT, asynchronous, before
 from sqlalchemy.engine import Engine as Database
 
+from tunesmith.config.schema.routes import Rollout
 from tunesmith.serve.govern.governance import Visit
 from tunesmith.serve.govern.journal import Entry
 from tunesmith.serve.govern.keys import create_key
+from tunesmith.serve.govern.price import TokenPrice
 from tunesmith.serve.govern.usage import Ask
 from tunesmith.serve.page.live import Live
+from tunesmith.serve.rollout.decide import Evidence, Plan
+from tunesmith.serve.rollout.record import start_rollout
 
 
 class Upstream:
@@ -72,6 +76,7 @@ async def test_the_pages_files_run_nothing_from_elsewhere_and_nothing_inline() -
     upstream = Upstream()
     async with before(upstream, upstream.answer) as (_, client):
         page = await _text(client, "/ui")
+        assert page == await _text(client, "/ui/")
         assert 'data-asks-key="false"' in page
         linked = re.findall(r'(?:src|href)="([^"]*)"', page)
         assert {"/ui/app.js", "/ui/style.css", "/ui/icon.svg"} == set(linked)
@@ -92,6 +97,29 @@ async def _text(client: aiohttp.ClientSession, path: str) -> str:
         assert "default-src 'none'" in policy and "unsafe" not in policy
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         return await response.text()
+
+
+@asynchronous
+async def test_the_state_has_models_routes_and_their_rollouts() -> None:
+    upstream = Upstream()
+    price = TokenPrice(1.0, 2.0, "a test")
+    async with before(upstream, upstream.answer, price=price) as (served, client):
+        plan = Plan.of(Rollout(), 0)
+        rollout = start_rollout(
+            served.database, "bot", "bot@new", "adapter-1", (("bot", 1.0),), plan
+        )
+        rollout.step, rollout.evidence = 1, Evidence(requests=50, errors=2)
+        async with client.get("/ui/state") as response:
+            (route,) = (await response.json())["server"]["routes"]
+            assert route["rollout"] is None and route["arms"] == [{"name": "bot", "weight": 1.0}]
+        served.gateway.rollout_of = {"bot": rollout}.get
+        async with client.get("/ui/state") as response:
+            server = (await response.json())["server"]
+        shown = server["routes"][0]["rollout"]
+        assert (shown["candidate"], shown["step"], shown["steps"]) == ("bot@new", 2, 4)
+        assert (shown["share"], shown["requests"], shown["errors"]) == (0.1, 50, 2)
+        (model,) = server["upstreams"]
+        assert model["artifact"] == ARTIFACT and model["output_usd_per_million_tokens"] == 2.0
 
 
 def test_what_is_kept_stays_small() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from gateways import behind, gateway
 from rolling import PROBES, Arm, play
+from sqlalchemy.exc import OperationalError
 
 from tunesmith.config import DataError, UserError
 from tunesmith.config.schema.routes import Rollout
@@ -171,3 +172,32 @@ def test_probes_are_checked_line_by_line(tmp_path: Path) -> None:
         read_probes(tmp_path / "none")
     assert read_probes(None) == ()
     assert Probe(prompt="x", exact="y").passes("y")
+
+
+def test_a_bad_arm_is_left_although_nothing_can_be_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OperationalError("INSERT", {}, OSError("database or disk is full"))
+
+    async def story() -> None:
+        arms = {name: Arm(name, 0.0) for name in ("old", "new")}
+        upstreams = {name: Upstream(name, "bot", arm, name) for name, arm in arms.items()}
+        fleet = Fleet({"bot": Route("bot", (("old", 1.0),))}, upstreams, {})
+        async with gateway(fleet) as (served, _):
+            plan = Plan.of(SHORT, 0)
+            rollouts = Rollouts(fleet, served.governance, served.database, plan, ())
+            await rollouts.start("bot", "new")
+            monkeypatch.setattr("tunesmith.serve.rollout.runner.save", full)
+            running = asyncio.create_task(rollouts.run())
+            await asyncio.sleep(1.2)
+            rollout = rollouts.running("bot")
+            assert rollout and not running.done()
+            rollout.evidence.requests = rollout.evidence.errors = 100
+            rollout.evidence.baseline_requests = 100
+            while rollouts.running("bot"):
+                await asyncio.sleep(0.05)
+            assert fleet.table.routes["bot"].arms == (("old", 1.0),)
+            running.cancel()
+
+    asyncio.run(asyncio.wait_for(story(), 20))

@@ -29,7 +29,7 @@ NONE = [
 
 
 def later() -> float:
-    return time.monotonic() + 5
+    return time.monotonic() + 30
 
 
 def rail(**fields: object) -> list[Matcher]:
@@ -146,6 +146,6 @@ def test_personal_data_is_looked_for_in_linear_time() -> None:
         "DE89 3704 " * 10_000,
         ":" * 100_000,
     ):
-        started_s = time.monotonic()
-        mask(text, matchers, later())
-        assert time.monotonic() - started_s < 1, text[:10]
+        started_s = time.process_time()
+        mask(text, matchers, time.monotonic() + 60)
+        assert time.process_time() - started_s < 1, text[:10]

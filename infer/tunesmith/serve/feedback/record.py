@@ -17,8 +17,6 @@ from tunesmith.serve.govern.archive import find_line
 from tunesmith.serve.govern.database import feedback
 
 _LONGEST = {"label": 64, "correction": 100_000, "comment": 10_000}
-_WAITS_S = (0.0, 0.3, 0.5)
-"""The log is written behind the answers' back, so a line may take a moment to be there."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,15 @@ def _refused(message: str) -> ApiError:
 
 def record(
     engine: Engine, folder: Path, answer_id: str, word: Word, key_id: str | None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Keep it, in place of what the same key said before; fields that are not given stay.
 
-    `key_id` may speak of its own answers alone; None of all. Blocks, so it is for a thread. Raises
-    ApiError when there is no such answer.
+    `key_id` may speak of its own answers alone; None of all. Returns None when the log has no such
+    answer. Blocks, so it is for a thread.
     """
-    for wait_s in _WAITS_S:
-        time.sleep(wait_s)
-        if line := find_line(engine, folder, answer_id, key_id):
-            break
-    else:
-        raise ApiError(404, f"no answer {answer_id} of this key in the log", "not_found")
+    line = find_line(engine, folder, answer_id, key_id)
+    if line is None:
+        return None
     given = {name: value for name, value in asdict(word).items() if value is not None}
     now_s = time.time()
     row = insert(feedback).values(

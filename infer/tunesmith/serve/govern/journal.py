@@ -93,6 +93,7 @@ class Journal:
         self._charges: dict[tuple[int, Subject], Use] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._is_writing = False
         self._complained_s = -_COMPLAINT_INTERVAL_S
         self._rows = 0
 
@@ -109,6 +110,11 @@ class Journal:
             self._queue.put_nowait(entry)
         except queue.Full:
             self.dropped += 1
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are entries that are not written yet."""
+        return self._is_writing or not self._queue.empty()
 
     def __enter__(self) -> Journal:
         with self._engine.connect() as db:
@@ -131,6 +137,13 @@ class Journal:
         self._flush()
 
     def _flush(self) -> None:
+        self._is_writing = True
+        try:
+            self._write()
+        finally:
+            self._is_writing = False
+
+    def _write(self) -> None:
         entries = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
         with self._lock:
             charges, self._charges = self._charges, {}

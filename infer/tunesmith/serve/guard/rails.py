@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from tunesmith.config import UserError
@@ -26,12 +27,14 @@ Where = Literal["input", "output"]
 Hits = Counter[tuple[str, Where, str]]
 """How often, by rule, place and action."""
 
-BUDGET_S = 0.25
+BUDGET_S = 0.5
 """Time that the patterns may take for a request's body, and again for each answer's piece."""
 
 _INLINE_S = 0.005
 _INLINE_BYTES = 32_768
 """Up to this the event loop does it itself; more, or slower, is for a thread."""
+
+_THREADS = 2
 
 CUT = "content_filter"
 """Why an answer ended that was ended here."""
@@ -45,6 +48,8 @@ class Rails:
 
     def __init__(self, rails: Iterable[Guardrail], routes: Collection[str]) -> None:
         self._rails = [(rail, compile_rail(rail)) for rail in rails]
+        # Of their own, so that slow texts wait for each other and nothing else does.
+        self._threads = ThreadPoolExecutor(_THREADS, "guardrails")
         for rail, _ in self._rails:
             for name in rail.routes or ():
                 if name not in routes:
@@ -61,14 +66,18 @@ class Rails:
                 for where in sides:
                     if rail.where in (where, "both"):
                         sides[where] += matchers
-        return Screen(sides["input"], sides["output"]) if any(sides.values()) else None
+        if not any(sides.values()):
+            return None
+        return Screen(sides["input"], sides["output"], self._threads)
 
 
 class Screen:
     """The guardrails of one request."""
 
-    def __init__(self, entering: Sequence[Matcher], leaving: Sequence[Matcher]) -> None:
-        self._entering, self._leaving = entering, leaving
+    def __init__(
+        self, entering: Sequence[Matcher], leaving: Sequence[Matcher], threads: Executor
+    ) -> None:
+        self._entering, self._leaving, self._threads = entering, leaving, threads
         self._stream: StreamMask | None = None
         self.hits: Hits = Counter()
         self.cuts = False
@@ -103,7 +112,7 @@ class Screen:
             return change_texts(ask.fields, _changer(self._entering, found, deadline_s))
 
         try:
-            fields = await _in_time(work, len(ask.body))
+            fields = await self._in_time(work, len(ask.body))
         except TimeoutError:
             self.hits["timeout", "input", "block"] += 1
             raise ApiError(400, "this text takes too long to check", "guardrail") from None
@@ -128,7 +137,7 @@ class Screen:
             return change_answer(answer, _changer(self._leaving, found, deadline_s))
 
         try:
-            changed = await _in_time(work, len(body))
+            changed = await self._in_time(work, len(body))
         except TimeoutError:
             self.hits["timeout", "output", "block"] += 1
             self.cuts = True
@@ -148,7 +157,7 @@ class Screen:
             return after, after.feed(events, deadline_s, is_last=is_last)
 
         try:
-            stream, passed = await _in_time(work, len(events))
+            stream, passed = await self._in_time(work, len(events))
         except TimeoutError:
             self.hits["timeout", "output", "block"] += 1
             stream, passed = before, before.cut()
@@ -156,6 +165,18 @@ class Screen:
         self._count(stream.found, "output")
         self.cuts = stream.cuts
         return passed
+
+    async def _in_time(self, work: Callable[[float], _T], size: int) -> _T:
+        """Small work at once; what turns out to be slow again in a thread, where it holds up
+        nobody. `work` gets its deadline, and raises TimeoutError without having changed anything.
+        """
+        if size <= _INLINE_BYTES:
+            try:
+                return work(time.monotonic() + _INLINE_S)
+            except TimeoutError:
+                pass
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: work(time.monotonic() + BUDGET_S))
 
     def _count(self, found: Iterable[Found], where: Where) -> None:
         for one in found:
@@ -171,16 +192,3 @@ def _changer(
         return changed
 
     return change
-
-
-async def _in_time(work: Callable[[float], _T], size: int) -> _T:
-    """Small work at once; what turns out to be slow again in a thread, where it holds up nobody.
-
-    `work` gets its deadline, and raises TimeoutError without having changed anything.
-    """
-    if size <= _INLINE_BYTES:
-        try:
-            return work(time.monotonic() + _INLINE_S)
-        except TimeoutError:
-            pass
-    return await asyncio.to_thread(lambda: work(time.monotonic() + BUDGET_S))

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from tunesmith.serve.govern.keys import Key
 from tunesmith.serve.page.live import Live, total_usd
+from tunesmith.serve.rollout.record import Rollout
 from tunesmith.serve.routes import Table
 
 _FILES = {
@@ -54,7 +55,8 @@ def add_page(
     page = (files / "index.html").read_text(encoding="utf-8")
     if asks_key:
         page = page.replace(_ASKS_KEY, _ASKS_KEY.replace("false", "true"))
-    app.router.add_get("/ui", _sender(page, "text/html"))
+    for path in ("/ui", "/ui/"):
+        app.router.add_get(path, _sender(page, "text/html"))
     for name, kind in _FILES.items():
         text = (files / name).read_text(encoding="utf-8")
         app.router.add_get(f"/ui/{name}", _sender(text, kind))
@@ -68,8 +70,8 @@ def _sender(text: str, kind: str) -> Callable[[web.Request], Any]:
     return send
 
 
-def describe(table: Table) -> dict[str, Any]:
-    """The models and routes of a gateway, for the page."""
+def describe(table: Table, rollout_of: Callable[[str], Rollout | None]) -> dict[str, Any]:
+    """The models and routes of a gateway, and the rollouts that these are in, for the page."""
     return {
         "upstreams": [
             {
@@ -94,7 +96,24 @@ def describe(table: Table) -> dict[str, Any]:
                 "arms": [{"name": name, "weight": weight} for name, weight in route.arms],
                 "fallback": list(route.fallback),
                 "shadow": route.shadow.upstream if route.shadow else None,
+                "rollout": _rollout(rollout_of(route.name)),
             }
             for route in table.routes.values()
         ],
+    }
+
+
+def _rollout(found: Rollout | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    evidence = found.evidence
+    return {
+        "candidate": found.candidate,
+        "step": found.step + 1,
+        "steps": len(found.plan.shares),
+        "share": found.share,
+        "requests": evidence.requests,
+        "errors": evidence.errors,
+        "baseline_requests": evidence.baseline_requests,
+        "baseline_errors": evidence.baseline_errors,
     }

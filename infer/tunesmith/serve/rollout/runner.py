@@ -12,6 +12,7 @@ from typing import Literal
 
 import aiohttp
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 
 from tunesmith.config import UserError
 from tunesmith.serve.fleet import Fleet
@@ -99,7 +100,10 @@ class Rollouts:
                 while True:
                     await asyncio.sleep(_INTERVAL_S)
                     for live in list(self._live.values()):
-                        await self._look(live)
+                        try:
+                            await self._look(live)
+                        except DBAPIError as error:  # a full disk must not keep a bad arm
+                            log(f"serve: rollout {live.rollout.id}: not recorded: {error.orig}")
             finally:
                 probing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -28,12 +28,21 @@ function askForKey(fault = "") {
   get("key").focus();
 }
 
-async function beat() {
+let drawing = null;
+/** Draw once more, unless that is being done. */
+function beat() {
+  drawing ??= drawOnce().finally(() => (drawing = null));
+  return drawing;
+}
+
+async function drawOnce() {
   if (document.visibilityState !== "visible" || (asksKey && !key())) return;
+  const shown = key();
   try {
     await draw();
     if (asksKey) get("key-change").hidden = false;
   } catch (error) {
+    if (shown !== key()) return; // the answer to another key
     if (error instanceof Refused && error.status === 401) askForKey("The server does not know this key.");
     else {
       get("status").className = "pill bad";

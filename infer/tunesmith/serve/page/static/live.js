@@ -61,6 +61,13 @@ function price(upstream) {
   return into === null ? "no price" : `${usd(into)} in, ${usd(out)} out per million`;
 }
 
+function rollout(one) {
+  const seen = (requests, errors) => `${whole(requests)} requests, ${whole(errors)} failed`;
+  return make("p", { class: "note" },
+    make("span", { class: "pill", text: `rollout ${one.step} of ${one.steps}` }),
+    ` ${one.candidate} at ${short(one.share * 100)} %: ${seen(one.requests, one.errors)}; the others ${seen(one.baseline_requests, one.baseline_errors)}`);
+}
+
 function routes(server) {
   const upstreams = new Map(server.upstreams.map((one) => [one.name, one]));
   const lines = server.routes.map((route) => {
@@ -71,6 +78,7 @@ function routes(server) {
         make("strong", { text: route.name }),
         make("span", { class: `pill ${route.is_ready ? "good" : "warn"}`, text: route.is_ready ? "ready" : "not ready" })),
     );
+    if (route.rollout) line.append(rollout(route.rollout));
     const extra = [...route.fallback.map((name) => [name, "fallback"]), ...(route.shadow ? [[route.shadow, "shadow"]] : [])];
     for (const [name, share] of [...route.arms.map((arm) => [arm.name, arm.weight / total]), ...extra]) {
       const upstream = upstreams.get(name);
