@@ -9,6 +9,7 @@ from statistics import variance
 
 from tunesmith.statistics.bootstrap import Interval
 
+_ENOUGH_ROUNDS = 3
 _NORMAL = 1.96
 # Student's t for 95 %, by degrees of freedom; beyond the last the normal's is near enough.
 _STUDENT = {
@@ -26,7 +27,8 @@ def relative_difference(
     """How far `level` is above `other`, relative to it (0.01 is 1 %), with a 95 % interval.
 
     The interval is the wider of two: that of resampling within the runs, and that of how far
-    repeated rounds of each lie apart, which knows of what a machine does between them.
+    repeated rounds of each lie apart. Either alone can be narrow by luck: rounds in a row know
+    little of what the machine does an hour later.
     """
     if min(level.value, other.value) <= 0:
         raise ValueError("relative to nothing, or less, there is no difference")
@@ -34,6 +36,20 @@ def relative_difference(
     within = _NORMAL * math.hypot(_log_error(level), _log_error(other))
     half = max(within, _between(rounds, other_rounds))
     return Interval(*(math.expm1(at) for at in (ratio, ratio - half, ratio + half)))
+
+
+def with_rounds(level: Interval, rounds: Sequence[float]) -> Interval:
+    """The interval of a run, or that of its rounds where it is wider and there are enough.
+
+    Of two, Student's interval is twelve times as wide as their spread, and says nothing.
+    """
+    if level.value <= 0 or len(rounds) < _ENOUGH_ROUNDS or min(rounds) <= 0:
+        return level
+    logs = [math.log(value) for value in rounds]
+    factor = math.exp(_student(len(logs) - 1) * math.sqrt(variance(logs) / len(logs)))
+    return Interval(
+        level.value, min(level.low, level.value / factor), max(level.high, level.value * factor)
+    )
 
 
 def _log_error(level: Interval) -> float:

@@ -13,7 +13,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tunesmith.bench.client import Sample
-from tunesmith.bench.figures import PERCENTILES, Window, latencies_ms, throughput, tokens_per_s
+from tunesmith.bench.figures import (
+    PERCENTILES,
+    Window,
+    latencies_ms,
+    round_figures,
+    throughput,
+)
 from tunesmith.config import UserError
 from tunesmith.ledger import Store
 from tunesmith.statistics import Interval
@@ -160,27 +166,9 @@ def _levels(one: Measured) -> dict[str, Interval]:
     return found
 
 
-def _points(samples: Sequence[Sample], window: Window) -> dict[str, float]:
-    """The same figures of one round, without intervals."""
-    answered = [sample for sample in samples if sample.ok]
-    columns_s = {
-        "ttft_ms": [sample.ttft_s for sample in answered],
-        "tpot_ms": [sample.tpot_s for sample in answered if sample.tpot_s is not None],
-        "e2e_ms": [sample.e2e_s for sample in answered],
-        "itl_ms": [gap_s for sample in answered for gap_s in sample.itl_s],
-    }
-    found = {
-        f"{name} p{percent}": 1000 * float(np.percentile(column_s, percent))
-        for name, column_s in columns_s.items()
-        for percent in PERCENTILES
-        if column_s
-    }
-    return found | {"output_tokens_per_s": tokens_per_s(samples, window)}
-
-
 def _changes(left: Measured, right: Measured) -> dict[str, Interval]:
     levels = [_levels(one) for one in (left, right)]
-    points = [[_points(*part) for part in one.rounds] for one in (left, right)]
+    points = [[round_figures(*part) for part in one.rounds] for one in (left, right)]
     found = {}
     for name in _ORDER:
         if not all(name in level and level[name].value > 0 for level in levels):

@@ -9,6 +9,8 @@ from math import isqrt
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+
 from tunesmith.bench.client import Sample
 from tunesmith.config.schema.bench import Slo
 from tunesmith.statistics import Interval, clustered_percentiles, percentile, ratio_of_sums
@@ -149,6 +151,24 @@ def latencies_ms(samples: Sequence[Sample], seed: int) -> dict[str, dict[str, In
 def _known(count: int) -> list[int]:
     """The percentiles that so many values can tell."""
     return [percent for percent in PERCENTILES if count * (100 - percent) >= 100]
+
+
+def round_figures(samples: Sequence[Sample], window: Window) -> dict[str, float]:
+    """The figures of one round by name, such as `ttft_ms p95`, without intervals."""
+    answered = [sample for sample in samples if sample.ok]
+    columns_s = {
+        "ttft_ms": [sample.ttft_s for sample in answered],
+        "tpot_ms": [sample.tpot_s for sample in answered if sample.tpot_s is not None],
+        "e2e_ms": [sample.e2e_s for sample in answered],
+        "itl_ms": [gap_s for sample in answered for gap_s in sample.itl_s],
+    }
+    found = {
+        f"{name} p{percent}": 1000 * float(np.percentile(column_s, percent))
+        for name, column_s in columns_s.items()
+        for percent in PERCENTILES
+        if column_s
+    }
+    return found | {"output_tokens_per_s": tokens_per_s(samples, window)}
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,20 @@ from tunesmith.bench.bill import bill, shares_s, usd_of
 from tunesmith.bench.ceiling import Ceiling
 from tunesmith.bench.client import Sample
 from tunesmith.bench.cost import input_share, token_costs
-from tunesmith.bench.figures import Throughput, goodput, idle_s, latencies_ms, throughput
+from tunesmith.bench.figures import (
+    Throughput,
+    goodput,
+    idle_s,
+    latencies_ms,
+    round_figures,
+    throughput,
+)
 from tunesmith.bench.measure import Phase
 from tunesmith.bench.roofline import Shape, roofline
 from tunesmith.bench.validity import Evidence, Fault, lag_p99_ms, spread
 from tunesmith.config.schema.bench import Bench
 from tunesmith.statistics import Interval
+from tunesmith.statistics.independent import with_rounds
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ def phase_figures(phase: Phase, bench: Bench, seed: int) -> dict[str, Any]:
     answered = [sample for sample in samples if sample.ok]
     energy_j = _energy_j(phase.rounds)
     tokens = sum(sample.output_tokens for sample in answered)
+    apart = [round_figures(one.samples, one.window) for one in phase.rounds]
     return {
         "requests": len(samples),
         "rounds": len(phase.rounds),
@@ -81,8 +90,8 @@ def phase_figures(phase: Phase, bench: Bench, seed: int) -> dict[str, Any]:
         "mean_input_tokens": _mean([sample.input_tokens for sample in answered]),
         "output_tokens": _mean([sample.output_tokens for sample in answered]),
         "window_s": sum(one.window.length_s for one in phase.rounds),
-        **_rates(rates),
-        **_plain(latencies_ms(samples, seed)),
+        **_rates(rates, apart),
+        **_plain(latencies_ms(samples, seed), apart),
         "slo": bench.slo.model_dump(),
         "goodput": asdict(goodput([one.samples for one in phase.rounds], bench.slo)),
         "spread": spread(phase.rounds),
@@ -201,12 +210,20 @@ def _attempts(phase: Phase) -> Iterator[Evidence]:
         yield from one.rounds
 
 
-def _rates(rates: Throughput | None) -> dict[str, Any]:
+def _rates(rates: Throughput | None, apart: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    if rates is None:
+        return dict.fromkeys(("output_tokens_per_s", "input_tokens_per_s", "requests_per_s"))
+    whole = with_rounds(rates.output_tokens_per_s, _column(apart, "output_tokens_per_s"))
     return {
-        "output_tokens_per_s": rates.output_tokens_per_s._asdict() if rates else None,
-        "input_tokens_per_s": rates.input_tokens_per_s if rates else None,
-        "requests_per_s": rates.requests_per_s if rates else None,
+        "output_tokens_per_s": whole._asdict(),
+        "input_tokens_per_s": rates.input_tokens_per_s,
+        "requests_per_s": rates.requests_per_s,
     }
+
+
+def _column(apart: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """One figure of the rounds that have it."""
+    return [one[name] for one in apart if name in one]
 
 
 def _energy_j(rounds: Sequence[Evidence]) -> float | None:
@@ -223,9 +240,14 @@ def _mean(values: Sequence[float]) -> float:
     return mean(values) if values else 0.0
 
 
-def _plain(latencies: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:
+def _plain(
+    latencies: Mapping[str, Mapping[str, Interval]], apart: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     return {
-        name: {percent: interval._asdict() for percent, interval in intervals.items()}
+        name: {
+            percent: with_rounds(interval, _column(apart, f"{name} {percent}"))._asdict()
+            for percent, interval in intervals.items()
+        }
         for name, intervals in latencies.items()
     }
 

@@ -60,7 +60,7 @@ async def relay(
     if reader:
         rest = reader.close()
         if screen:
-            rest = await screen.feed(b"", is_last=True)
+            rest = await screen.feed(rest, is_last=True)
             visit.usage.finish_reason = CUT if screen.cuts else visit.usage.finish_reason
         if rest:
             await response.write(rest)

@@ -112,7 +112,7 @@ def test_what_is_not_understood_goes_through_as_it_is(body: bytes) -> None:
     ask = read_ask("chat/completions", body)
     assert ask.sent("m", to_vllm=True) == ask.body == body and not ask.is_stream
     reader = EventReader(ask, Usage())
-    assert reader.feed(body) + reader.close() == body
+    assert reader.feed(body) + reader.close() == body.replace(b"\r\n", b"\n")
 
 
 @pytest.mark.parametrize("body", [{"stream": 1}, {"stream": False, "n": -1}, {"max_tokens": "x"}])
@@ -120,3 +120,15 @@ def test_odd_fields_are_the_engines_to_refuse(body: dict[str, Any]) -> None:
     raw = json.dumps(body).encode()
     ask = read_ask("completions", raw)
     assert ask.body == raw and ask.choices == 1 and ask.most_output_tokens is None
+
+
+def test_lines_that_end_like_those_of_windows_are_events_at_once() -> None:
+    usage = Usage()
+    reader = EventReader(Ask(b"", is_stream=True, wants_usage=True), usage)
+    stream = b'data: {"id": "r-1", "choices": [{"index": 0}]}\r\n\r\ndata: [DONE]\r\n\r\n'
+    found = [reader.feed(stream[at : at + 1]) for at in range(len(stream))]
+    assert [one for one in found if one] == [
+        b'data: {"id": "r-1", "choices": [{"index": 0}]}\n\n',
+        b"data: [DONE]\n\n",
+    ]
+    assert usage.is_done and usage.response_id == "r-1"

@@ -2,7 +2,8 @@
 
 Engines tell the tokens of a stream only when asked, so streams are always asked for them, and
 vLLM's with every piece: then a client that leaves in the middle is charged what the engine did for
-it. What the client did not ask for is cut out again, and all other bytes are those of the engine.
+it. What the client did not ask for is cut out again, and all other bytes are those of the engine,
+with LF at the ends of lines.
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ class EventReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Whole events of `chunk` and what was left before it."""
-        whole, end, self._rest = (self._rest + chunk).rpartition(b"\n\n")
+        given = self._rest + chunk
+        if b"\r" in given:  # as some APIs end their lines
+            given = given.replace(b"\r\n", b"\n")
+        whole, end, self._rest = given.rpartition(b"\n\n")
         if not end:
             return b""
         return b"".join(self._event(event) for event in whole.split(b"\n\n"))
