@@ -5,7 +5,6 @@
 
 import os
 
-import pytest
 from hypothesis import settings
 
 # Without a deadline: on a machine that others use too, one example may take long.
@@ -13,10 +12,9 @@ settings.register_profile("same", derandomize=True, max_examples=200, deadline=N
 settings.register_profile("explore", max_examples=2000, deadline=None)
 settings.load_profile("same")
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Threads of two engines that share a core wait for each other's."""
-    if worker := getattr(config, "workerinput", None):
-        cores = sorted(os.sched_getaffinity(0))
-        own = cores[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]
-        os.sched_setaffinity(0, own or cores)
+# Before anything imports torch, which makes a thread for each core: two that share one core spend
+# their time waiting for each other.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, own or cores)

@@ -115,15 +115,14 @@ def _swap_adapter(
 
 def _swap_model(scratch: Path, base: Path, options: argparse.Namespace) -> dict[str, Any]:
     """bf16 → INT8, on an engine beside the first."""
-    from tunesmith.quantize.command import run
-
     port = free_port()
     stages = make_stages(
         scratch / "model", base, quantize={"scheme": "w8a8-int8", "calibration_rows": 8},
         serve={"port": port, "model": "base"}, engine=ENGINE,
     )  # fmt: skip
-    run(stages)
     path = _write(stages, scratch / "model")
+    command = [sys.executable, "-m", "tunesmith.cli", "quantize", str(path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     store = stages.store.folder
     with _serving(path, port):
         before = asyncio.run(_answers(port))
