@@ -54,7 +54,7 @@ def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]]) -> Path:
         "evaluate": {"variants": ["tuned", "w8a8-int8"], "max_rows": 6, "max_tokens": 8},
         "engine": {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 0.25},
         "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
-        "bench": {"requests": 8, "concurrency": 4, "request_rate": 8, "max_tokens": 8},
+        "bench": {"rounds": 1, "requests": 8, "concurrency": 4, "request_rate": 8, "max_tokens": 8},
         "price": {"gpu_hour_usd": 1.0},
     }
     path = folder / "recipe.yaml"

@@ -150,7 +150,12 @@ class TokenLoss(nn.Module):
             return self._nats(hidden_ND, targets_N)
         chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
         if not hidden_ND.requires_grad:
-            return torch.cat([self._nats(*chunk) for chunk in chunks])
+            # Into one tensor: small results, each left between the large blocks that a chunk gives
+            # back, would keep the C library from using those blocks again.
+            nats_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
+            for nats, chunk in zip(nats_N.split(rows), chunks, strict=True):
+                nats.copy_(self._nats(*chunk))
+            return nats_N
         # Logits of one chunk live at a time; the backward pass computes them again.
         return torch.cat([checkpoint(self._nats, *chunk, use_reentrant=False) for chunk in chunks])
 
