@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,25 +23,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 from aiohttp import web
+from mocked import free_port, run_gateway
 from provenance import commit, machine
 
 from tunesmith.config.schema.serve import Serve
-from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.govern.database import open_gateway
-from tunesmith.serve.govern.governance import Governance
-from tunesmith.serve.govern.journal import Journal
 from tunesmith.serve.govern.keys import create_key, set_group
 from tunesmith.serve.govern.limits import Limits
-from tunesmith.serve.govern.price import TokenPrice
-from tunesmith.serve.routes import Route, Table
-from tunesmith.serve.upstream import Upstream
 
 UPSTREAM_S = 0.020
 STREAM_PIECES, PIECE_S = 16, 0.005
@@ -219,14 +212,18 @@ def _in_process(work: Any, place: dict[str, str], concurrency: int, requests: in
 def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Where the upstream, the gateway and the peer answer."""
     context = multiprocessing.get_context("spawn")
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     database = open_gateway(scratch)
     set_group(database, "lab", Limits(tokens_per_day=10**12))
     limits = Limits(10**9, 10**12, 10_000, 10**12, 1e9)
     _, key = create_key(database, "bench", group="lab", limits=limits)
     workers = [
         context.Process(target=_upstream, args=(ports[0],), daemon=True),
-        context.Process(target=_gateway, args=(ports[1], ports[0], str(scratch)), daemon=True),
+        context.Process(
+            target=run_gateway,
+            args=(ports[1], ports[0], str(scratch), Serve(keys=True)),
+            daemon=True,
+        ),
     ]
     for worker in workers:
         worker.start()
@@ -280,37 +277,6 @@ def _upstream(port: int) -> None:
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 
-@dataclass
-class _Ready:
-    """An engine that is always there."""
-
-    url: str
-    is_ready: bool = True
-
-
-@dataclass
-class _Routes:
-    """One route that stays."""
-
-    table: Table
-
-
-def _gateway(port: int, upstream: int, store: str) -> None:
-    section = Serve(keys=True)
-    database = open_gateway(Path(store))
-    price = TokenPrice(1.0, 2.0, "the benchmark")
-    with Journal(database, Path(store) / "serve", rows_per_file=100_000) as journal:
-        place = _Ready(f"http://127.0.0.1:{upstream}/v1")
-        bot = Upstream("bot", "bot", place, "checkpoint-bench", price=price)
-        routes = _Routes(Table({"bot": Route("bot", (("bot", 1.0),))}, {"bot": bot}))
-        governance = Governance(section, database, journal, routes)
-        gateway = Gateway(routes, governance, asks_keys=True)
-        web.run_app(
-            gateway.app(), host="127.0.0.1", port=port, print=None, access_log=None,
-            handler_cancellation=True,
-        )  # fmt: skip
-
-
 def _litellm(python: Path, port: int, upstream: int, scratch: Path) -> subprocess.Popen[bytes]:
     config = scratch / "litellm.yaml"
     config.write_text(
@@ -340,12 +306,6 @@ def _wait(place: dict[str, str]) -> None:
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _options() -> argparse.Namespace:

@@ -53,7 +53,7 @@ def mocked(store: Path, section: Serve, *, upstream_s: float, slots: int = 0) ->
     behind, front = free_port(), free_port()
     workers = [
         context.Process(target=_upstream, args=(behind, upstream_s, slots), daemon=True),
-        context.Process(target=_gateway, args=(front, behind, str(store), section), daemon=True),
+        context.Process(target=run_gateway, args=(front, behind, str(store), section), daemon=True),
     ]
     for worker in workers:
         worker.start()
@@ -117,7 +117,8 @@ class _Routes:
     table: Table
 
 
-def _gateway(port: int, upstream: int, store: str, section: Serve) -> None:
+def run_gateway(port: int, upstream: int, store: str, section: Serve) -> None:
+    """A gateway of `section` on one port before an engine on another, until it is ended."""
     database = open_gateway(Path(store))
     price = TokenPrice(1.0, 2.0, "the measurement")
     with Journal(database, Path(store) / "serve", rows_per_file=100_000) as journal:

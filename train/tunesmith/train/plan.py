@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tunesmith.config import require
+from tunesmith.config import Recipe, require
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline.configs import config_folder
@@ -88,7 +88,7 @@ def _training(stages: Stages, device_name: str) -> dict[str, Any]:
         require(module, "train")
     from tunesmith.train.batches import Groups, Order, count_steps, count_tokens
     from tunesmith.train.devices import find_device
-    from tunesmith.train.forecast import Forecaster, empty_model
+    from tunesmith.train.forecast import Forecaster
     from tunesmith.train.language import EVALUATION_FILE, TRAIN_FILE
     from tunesmith.train.model import count_parameters, quiet_libraries
     from tunesmith.train.useful import count_layers
@@ -101,10 +101,7 @@ def _training(stages: Stages, device_name: str) -> dict[str, Any]:
     train = recipe.train
     dataset = make_dataset(stages)
     language, config = _language_and_config(stages, dataset)
-    # Counted without packing: 4-bit weights hold two in a byte.
-    dense = "lora" if train.method == "qlora" else train.method
-    counted = recipe.model_copy(update={"train": train.model_copy(update={"method": dense})})
-    model = empty_model(counted, config)
+    model = _dense_model(recipe, config)
     parameters = count_parameters(model)
     figures: dict[str, Any] = {
         "rows": dataset.manifest.metrics["train_rows"],
@@ -148,18 +145,36 @@ def _training(stages: Stages, device_name: str) -> dict[str, Any]:
         }
     if layers := count_layers(model):
         flops = count_tokens(order, steps, groups.sums(layers.per_row(lengths, learnt)))
-        tflops = device.measured_tflops(recipe.model.dtype)
-        hours = flops / (tflops * 1e12 * _CEILING_SHARE) / 3600
-        price = recipe.price.gpu_hour_usd if recipe.price else None
-        result["time"] = {
-            "device": device.name,
-            "useful_tflop": round(flops / 1e12, 4),
-            "matmul_tflops": round(tflops, 4),
-            "assumed_share": _CEILING_SHARE,
-            "hours": round(hours, 6),
-            "usd": None if price is None else round(hours * train.processes * price, 6),
-        }
+        result["time"] = _time(recipe, device, flops)
     return result
+
+
+def _time(recipe: Recipe, device: Any, flops: float) -> dict[str, Any]:
+    """Hours and USD of so much work, at the share of the device's products that is assumed."""
+    assert recipe.train
+    tflops = device.measured_tflops(recipe.model.dtype)
+    hours = flops / (tflops * 1e12 * _CEILING_SHARE) / 3600
+    price = recipe.price.gpu_hour_usd if recipe.price else None
+    return {
+        "device": device.name,
+        "useful_tflop": round(flops / 1e12, 4),
+        "matmul_tflops": round(tflops, 4),
+        "assumed_share": _CEILING_SHARE,
+        "hours": round(hours, 6),
+        "usd": None if price is None else round(hours * recipe.train.processes * price, 6),
+    }
+
+
+def _dense_model(recipe: Recipe, config: Any) -> Any:
+    """The model without contents, counted without packing: 4-bit weights hold two in a byte."""
+    from tunesmith.train.forecast import empty_model
+
+    assert recipe.train
+    method = "lora" if recipe.train.method == "qlora" else recipe.train.method
+    counted = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"method": method})}
+    )
+    return empty_model(counted, config)
 
 
 def _language_and_config(stages: Stages, dataset: Artifact) -> tuple[Any, Any]:
