@@ -15,11 +15,12 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.config import UserError, require
+from tunesmith.config import UserError
 from tunesmith.ledger import describe_environment
 from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
+from tunesmith.train.libraries import load_libraries
 from tunesmith.train.workload import PROFILED_STEPS, Workload
 
 _FIGURES_FILE, _PROFILE_FILE = "bench.json", "profile.txt"
@@ -32,15 +33,7 @@ def run(stages: Stages, **workload: Any) -> dict[str, Any]:
         raise UserError(f"{stages.path}: this needs a train section")
     work_to_do = Workload(**workload)
     work_to_do.check(stages)
-    for module in ("torch", "transformers"):
-        require(module, "train")
-    from tunesmith.train.model import quiet_libraries
-
-    quiet_libraries()
-    for module in ("accelerate", "peft"):
-        require(module, "train")
-    if train.method == "qlora" or "8bit" in train.optim:
-        require("bitsandbytes", "train")
+    load_libraries(train)
     from tunesmith.train.ranks import join, write_together
 
     accelerator = join()

@@ -7,11 +7,12 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.config import UserError, require
+from tunesmith.config import UserError
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
+from tunesmith.train.libraries import load_libraries
 
 
 def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
@@ -22,15 +23,7 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
-    for module in ("torch", "transformers"):
-        require(module, "train")
-    from tunesmith.train.model import quiet_libraries
-
-    quiet_libraries()
-    for module in ("accelerate", "peft"):
-        require(module, "train")
-    if train.method == "qlora" or "8bit" in train.optim:
-        require("bitsandbytes", "train")
+    load_libraries(train)
     from tunesmith.train.drift import check_drift
     from tunesmith.train.launch import is_launched, launch
     from tunesmith.train.merge import merge_stage

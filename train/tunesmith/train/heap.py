@@ -116,7 +116,8 @@ def keep_small(model: nn.Module) -> None:
     except ModelError:
         return
     for layer in layers:
-        for part in (*layer.children(), layer):
+        inner = [part for block in layer.children() for part in block.children()]
+        for part in (*inner, *layer.children(), layer):
             part.register_forward_hook(after_forward)
 
 

@@ -20,7 +20,6 @@ from tunesmith.config.errors import UserError
 from tunesmith.ledger import Draft
 from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
-from tunesmith.train.heap import use_large_pages
 
 T = TypeVar("T")
 
@@ -46,7 +45,6 @@ def join() -> Any:
                 f"the launcher sets {name}, but the recipe decides that: see {key}; leave it out "
                 "of accelerate's configuration"
             )
-    use_large_pages()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.config import UserError, require
+from tunesmith.config import UserError
 from tunesmith.config.schema import Recipe
 from tunesmith.config.schema.quantize import Recover
 from tunesmith.config.schema.train import Lora, Train
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
+from tunesmith.train.libraries import load_libraries
 
 
 def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
@@ -20,13 +21,7 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     quantize = stages.recipe.quantize
     if quantize is None or quantize.recover is None:
         raise UserError(f"{stages.path}: this needs quantize.recover")
-    for module in ("torch", "transformers"):
-        require(module, "train")
-    from tunesmith.train.model import quiet_libraries
-
-    quiet_libraries()
-    for module in ("accelerate", "peft"):
-        require(module, "train")
+    load_libraries(None)
     from tunesmith.train.drift import check_drift
     from tunesmith.train.ranks import check_processes, join
     from tunesmith.train.stage import recover_stage
