@@ -112,7 +112,7 @@ def test_each_layer_tidies_forward_and_backward_and_computes_the_same(
     tidied.clear()
     with torch.no_grad():
         model(input_ids=ids_BS, use_cache=False)
-    assert len(tidied) == 3 * 5, "each layer, its attention, its gates and both norms"
+    assert len(tidied) == 3 * 13, "each layer, its four parts, and the eight in those"
 
 
 def test_a_model_without_a_list_of_layers_trains_as_it_is() -> None:

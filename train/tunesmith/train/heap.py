@@ -96,7 +96,8 @@ class Heap:
 
 
 def keep_small(model: nn.Module) -> None:
-    """Tidy the heap after the forward and before the backward pass of each layer and its parts.
+    """Tidy the heap after the forward and before the backward pass of each layer, of its parts, and
+    of the parts of these.
 
     Nothing happens where there is no such heap, or the layers of a model are not found.
     """
