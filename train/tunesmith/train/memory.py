@@ -30,8 +30,9 @@ from tunesmith.train.optimizer import make_optimizer
 Parts = dict[str, int]
 """Part → bytes."""
 
-_EIGHT_BIT_COPIES = 6
-"""float32 copies of one matrix that bitsandbytes' 8-bit AdamW makes on a CPU."""
+_EIGHT_BIT_COPIES = 5
+"""float32 matrices beside a float32 weight while bitsandbytes' 8-bit AdamW updates it on a CPU: both
+states, the scaled gradient, and a root with what is made of it."""
 
 
 @dataclass(frozen=True)
