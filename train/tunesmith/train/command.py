@@ -12,6 +12,7 @@ from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
+from tunesmith.train.launch import is_launched, launch
 from tunesmith.train.libraries import load_libraries
 
 
@@ -23,9 +24,10 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
+    if not is_launched():
+        make_dataset(stages)  # tells of bad rows at once: the libraries take ten seconds to load
     load_libraries(train)
     from tunesmith.train.drift import check_drift
-    from tunesmith.train.launch import is_launched, launch
     from tunesmith.train.merge import merge_stage
     from tunesmith.train.ranks import check_processes, join, main_first
     from tunesmith.train.stage import make_base, make_trained_over, train_stage

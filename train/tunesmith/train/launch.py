@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.config import TunesmithError, UserError, WorkInterrupted, dump_recipe
 from tunesmith.config.schema import Recipe
 from tunesmith.pipeline.run import StepError, end_with_parent
@@ -43,6 +41,8 @@ def launch(recipe: Recipe) -> dict[str, Any]:
     Raises WorkInterrupted after a stop that they heard of, and TunesmithError with the exit code
     of the first one that failed.
     """
+    import torch
+
     assert recipe.train
     count, gpus = recipe.train.processes, torch.cuda.device_count()
     if gpus and count > gpus:

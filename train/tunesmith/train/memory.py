@@ -31,8 +31,8 @@ Parts = dict[str, int]
 """Part → bytes."""
 
 _EIGHT_BIT_COPIES = 5
-"""float32 matrices beside a float32 weight while bitsandbytes' 8-bit AdamW updates it on a CPU: both
-states, the scaled gradient, and a root with what is made of it."""
+"""float32 matrices beside a float32 weight while bitsandbytes' 8-bit AdamW updates it on a CPU:
+both states, the scaled gradient, and a root with what is made of it."""
 
 
 @dataclass(frozen=True)
