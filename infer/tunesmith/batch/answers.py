@@ -28,6 +28,9 @@ class Origin:
     created: int = 0
     """Unix time, in seconds, that answers in the OpenAI form carry."""
 
+    fingerprint: str | None = None
+    """The engine and its version, which those carry too."""
+
     def of(self, row: Row) -> str:
         """The artifact that answers a row."""
         name = row.ask.adapter

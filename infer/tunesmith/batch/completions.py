@@ -54,6 +54,7 @@ def _body(row: Row, result: Mapping[str, Any], origin: Origin, name: str) -> dic
         "object": "chat.completion" if is_chat else "text_completion",
         "created": origin.created,
         "model": origin.of(row),
+        "system_fingerprint": origin.fingerprint,
         "choices": choices,
         "usage": {
             "prompt_tokens": result["prompt_tokens"],

