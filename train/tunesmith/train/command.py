@@ -13,7 +13,7 @@ from tunesmith.ledger import Artifact
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import make_table
 from tunesmith.train.launch import is_launched, launch
-from tunesmith.train.libraries import load_libraries
+from tunesmith.train.libraries import check_libraries, load_libraries
 
 
 def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
     train = stages.recipe.train
     if train is None:
         raise UserError(f"{stages.path}: this needs a train section")
+    check_libraries(train)
     if not is_launched():
         make_dataset(stages)  # tells of bad rows at once: the libraries take ten seconds to load
     load_libraries(train)
