@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from tunesmith.config import Recipe, require
+from tunesmith.config import Recipe
 from tunesmith.data import make_dataset
 from tunesmith.ledger import Artifact, Draft
 from tunesmith.pipeline.configs import config_folder
 from tunesmith.pipeline.run import steps
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log, make_table
+from tunesmith.train.libraries import load_libraries
 
 THIS_MACHINE = "this"
 _COUNTED_CHARACTERS = 50_000_000
@@ -84,18 +85,14 @@ def _state(stages: Stages, draft: Draft) -> str:
 
 
 def _training(stages: Stages, device_name: str) -> dict[str, Any]:
-    for module in ("torch", "transformers"):
-        require(module, "train")
+    load_libraries(None)
     from tunesmith.train.batches import Groups, Order, count_steps, count_tokens
     from tunesmith.train.devices import find_device
     from tunesmith.train.forecast import Forecaster
     from tunesmith.train.language import EVALUATION_FILE, TRAIN_FILE
-    from tunesmith.train.model import count_parameters, quiet_libraries
+    from tunesmith.train.model import count_parameters
     from tunesmith.train.useful import count_layers
 
-    quiet_libraries()
-    for module in ("accelerate", "peft"):
-        require(module, "train")
     recipe = stages.recipe
     assert recipe.train and recipe.data
     train = recipe.train
