@@ -1,8 +1,6 @@
 """One recipe, other architectures: trained, merged, quantized, and answering in the real engine."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tunesmith.batch.command import run as batch
+from tunesmith.config import load_recipe
 from tunesmith.config.schemes import has_amx
-from tunesmith.ledger import Store
+from tunesmith.pipeline import Stages
+from tunesmith.quantize.command import run as quantize
+from tunesmith.train.command import run as train
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
@@ -31,7 +33,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_way(
-    family: str, model_of: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
+    family: str,
+    model_of: Callable[..., Path],
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     architecture, changes = FAMILIES[family]
     base = model_of(tmp_path / "base", architecture, **changes)
@@ -49,15 +55,12 @@ def test_the_whole_way(
         "batch": {"input": "prompts.jsonl", "output": "answers.jsonl", "max_tokens": 8},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-m", "tunesmith.cli", "run", "recipe.yaml", "--json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.chdir(tmp_path)
+    stages = Stages(load_recipe(Path("recipe.yaml")))
+    trained = train(stages)["trained"]
+    quantize(stages)
+    batch(stages)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 3 and all(0 < row["output_tokens"] <= 8 for row in answers)
-    store = Store(tmp_path / ".tunesmith")
-    ids = json.loads(done.stdout)["ids"]
-    trained = store.get(ids["adapter"]).manifest.metrics
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
-    assert store.get(ids["batch"]).manifest.parents["model"] == ids[scheme]
+    assert stages.batch().parents["model"] == stages.quantized(scheme).id

@@ -222,17 +222,18 @@ OPEN_AT_ONCE = """
 import sys, time
 from tunesmith.ledger import Index
 
-time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
-Index(sys.argv[1]).all()
+for at, url in enumerate(sys.argv[2:]):
+    time.sleep(max(0.0, float(sys.argv[1]) + at - time.time()))
+    Index(url).all()
 """
 
 
 def test_many_may_open_a_new_ledger_at_once(tmp_path: Path) -> None:
     """Each rank of a training does, and a table that is there for one is new to another."""
-    for attempt in range(4):
-        url, start = f"sqlite:///{tmp_path / f'{attempt}.db'}", str(time.time() + 2)
-        ranks = [
-            subprocess.Popen([sys.executable, "-c", OPEN_AT_ONCE, url, start], stderr=-1)
-            for _ in range(6)
-        ]
-        assert [rank.communicate()[1] for rank in ranks] == [b""] * len(ranks)
+    urls = [f"sqlite:///{tmp_path / f'{attempt}.db'}" for attempt in range(4)]
+    start = str(time.time() + 15)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", OPEN_AT_ONCE, start, *urls], stderr=-1)
+        for _ in range(6)
+    ]
+    assert [rank.communicate()[1] for rank in ranks] == [b""] * len(ranks)
