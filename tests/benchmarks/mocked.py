@@ -136,7 +136,8 @@ async def _listen(gateway: Gateway, port: int) -> None:
     runner = web.AppRunner(gateway.app(), access_log=None, handler_cancellation=True)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
-    await Site(runner, listener, head_timeout_s=30, refused=gateway.governance.refused).start()
+    refused = gateway.governance.refused
+    await Site(runner, listener, head_timeout_s=30, write_timeout_s=60, refused=refused).start()
     await asyncio.Event().wait()
 
 

@@ -58,7 +58,11 @@ class Fixed:
 
 @asynccontextmanager
 async def listening(
-    gateway: Gateway, *, head_timeout_s: float = 30.0, tls: ssl.SSLContext | None = None
+    gateway: Gateway,
+    *,
+    head_timeout_s: float = 30.0,
+    write_timeout_s: float = 30.0,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """The port of a gateway behind the connections that `tunesmith serve` uses."""
     runner = web.AppRunner(gateway.app(), access_log=None, handler_cancellation=True)
@@ -68,6 +72,7 @@ async def listening(
         runner,
         listener,
         head_timeout_s=head_timeout_s,
+        write_timeout_s=write_timeout_s,
         refused=gateway.governance.refused,
         ssl_context=tls,
     )

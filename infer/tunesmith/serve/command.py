@@ -120,6 +120,7 @@ async def _serve(
         runner,
         listener,
         head_timeout_s=section.read_timeout_s,
+        write_timeout_s=section.write_timeout_s,
         refused=gateway.governance.refused,
         ssl_context=tls,
     ).start()

@@ -111,6 +111,46 @@ async def test_a_kept_connection_is_timed_anew_for_each_request() -> None:
         assert answer.count(b"HTTP/1.1 200") == 2
 
 
+class Flood(Upstream):
+    """Streams without end, and notes when it is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = asyncio.Event()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"data: " + b"x" * 60_000 + b"\n\n")
+                await asyncio.sleep(0.002)
+        finally:
+            self.left.set()
+
+
+@asynchronous
+async def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_is_not() -> None:
+    upstream = Flood()
+    async with (
+        before(upstream, upstream.answer) as (served, _),
+        listening(served.gateway, write_timeout_s=0.5) as port,
+    ):
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for _, writer in clients:
+            writer.write(HEAD + b"Content-Length: 2\r\n\r\n{}")
+        (idle, _), (steady, _) = clients
+        started_s, read = time.monotonic(), 0
+        while not upstream.left.is_set() or time.monotonic() - started_s < 2:
+            read += len(await steady.read(2**20))
+        assert read > 10 * 2**20 and time.monotonic() - started_s < 20
+        with contextlib.suppress(ConnectionError):
+            while await idle.read(2**20):
+                pass
+        [line] = served.lines()
+        assert line["ending"] == "disconnected"
+
+
 @asynchronous
 async def test_what_is_not_http_is_refused_in_the_same_shape() -> None:
     upstream = Upstream()

@@ -91,6 +91,9 @@ class Serve(Section):
     read_timeout_s: Annotated[float, Field(gt=0.0)] = 30.0
     """How long a client may take to send a request's head, and again for its body."""
 
+    write_timeout_s: Annotated[float, Field(gt=0.0)] = 60.0
+    """How long a client may leave what waits for it unread before its connection is closed."""
+
     longest_budget_wait_s: Annotated[float, Field(ge=0.0)] = 10.0
     """How long a request waits that fits a day's budget unless the requests that are open use all
     that they may."""

@@ -1,4 +1,5 @@
-"""Connections that nobody holds open by sending slowly; errors of HTTP itself in the one shape."""
+"""Connections that nobody holds open by sending or reading slowly; errors of HTTP itself in the one
+shape."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _SLOW = "the request did not come in time"
 
 
 class Site(web.SockSite):
-    """Listens on a socket; a client has `head_timeout_s` for the head of each request."""
+    """Listens on a socket; a client has `head_timeout_s` for the head of each request, and
+    `write_timeout_s` to take what has piled up for it."""
 
     def __init__(
         self,
@@ -31,11 +33,13 @@ class Site(web.SockSite):
         listener: socket.socket,
         *,
         head_timeout_s: float,
+        write_timeout_s: float,
         refused: Refused,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(runner, listener, ssl_context=ssl_context)
-        self._listener, self._head_timeout_s, self._refused = listener, head_timeout_s, refused
+        self._listener, self._refused = listener, refused
+        self._timeouts_s = head_timeout_s, write_timeout_s
 
     async def start(self) -> None:
         """Begin to accept."""
@@ -45,7 +49,7 @@ class Site(web.SockSite):
         assert server
 
         def connection() -> _Connection:
-            return _Connection(server, loop, self._head_timeout_s, self._refused)
+            return _Connection(server, loop, *self._timeouts_s, self._refused)
 
         self._server = await loop.create_server(
             connection, sock=self._listener, ssl=self._ssl_context, backlog=self._backlog
@@ -53,15 +57,17 @@ class Site(web.SockSite):
 
 
 class _Connection(web.RequestHandler):
-    """Times each request's head from its first byte; the first one from the connection on."""
+    """Times each request's head from its first byte, the first one from the connection on; and
+    each time that more waits for the client than the transport's limit."""
 
-    __slots__ = ("_head_timeout_s", "_head_timer", "_refused")
+    __slots__ = ("_head_timeout_s", "_head_timer", "_refused", "_write_timeout_s", "_write_timer")
 
     def __init__(
         self,
         server: web.Server,
         loop: asyncio.AbstractEventLoop,
         head_timeout_s: float,
+        write_timeout_s: float,
         refused: Refused,
     ) -> None:
         options: dict[str, Any] = {
@@ -71,8 +77,10 @@ class _Connection(web.RequestHandler):
             "lingering_time": _LINGER_S,
         }
         super().__init__(server, loop=loop, **options)
-        self._head_timeout_s, self._refused = head_timeout_s, refused
+        self._head_timeout_s, self._write_timeout_s = head_timeout_s, write_timeout_s
+        self._refused = refused
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -85,8 +93,18 @@ class _Connection(web.RequestHandler):
         else:
             self._expect_head()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.transport:
+            self._write_timer = self._loop.call_later(self._write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._drop_write_timer()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._drop_timer()
+        self._drop_write_timer()
         super().connection_lost(exc)
 
     def handle_error(
@@ -116,6 +134,11 @@ class _Connection(web.RequestHandler):
         if self._head_timer:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _drop_write_timer(self) -> None:
+        if self._write_timer:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _too_slow(self) -> None:
         self._head_timer = None
