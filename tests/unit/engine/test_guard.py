@@ -30,7 +30,7 @@ time.sleep(300)
 """
 
 
-def wait_for(group: int, count: int, timeout_s: float = 5.0) -> list[int]:
+def wait_for(group: int, count: int, timeout_s: float = 30.0) -> list[int]:
     deadline_s = time.monotonic() + timeout_s
     while len(members(group)) != count and time.monotonic() < deadline_s:
         time.sleep(0.02)
@@ -46,11 +46,13 @@ def tree(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str]
     ) as parent:
         assert parent.stdout
         group = int(parent.stdout.readline())
-        assert len(wait_for(group, 4)) == 4
-        yield parent, group
-        for pgid in (parent.pid, group):
-            if members(pgid):
-                os.killpg(pgid, signal.SIGKILL)
+        try:
+            assert len(wait_for(group, 4)) == 4
+            yield parent, group
+        finally:
+            for pgid in (parent.pid, group):
+                if members(pgid):
+                    os.killpg(pgid, signal.SIGKILL)
 
 
 def test_sigkill_of_the_parent_ends_the_group(tree: tuple[subprocess.Popen[str], int]) -> None:
