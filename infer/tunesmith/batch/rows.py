@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -77,16 +78,46 @@ def read_rows(section: Batch) -> Iterator[Row]:
     records = read_records(section)
     head = [*islice(records, _LOOK_AHEAD_ROWS)]
     form = _form(head, section)
-    seen: set[int] = set()
+    seen = _Hashes()
     for index, (file, record) in enumerate(chain(head, records)):
         row = _row(index, file, record, section, form)
         # A row without an id is called after its line, which a later id may clash with.
-        digest = hash(str(row.id))
-        if digest in seen and row.error is None:
+        is_new = seen.add(hash(str(row.id)))
+        if not is_new and row.error is None:
             detail = f"an earlier row has the id {row.id!r} too"
             row = replace(row, error=RowError("duplicate_id", detail))
-        seen.add(digest)
         yield row
+
+
+class _Hashes:
+    """A set of hashes in 16 to 32 bytes each, where Python's takes 70 to 100."""
+
+    def __init__(self) -> None:
+        self._table = array("q", [0]) * 1024
+        self._count = 0
+
+    def add(self, value: int) -> bool:
+        """Whether it was not there before."""
+        value = value or 1  # 0 is an empty place
+        place = self._place(value)
+        if self._table[place]:
+            return False
+        self._table[place] = value
+        self._count += 1
+        if 2 * self._count > len(self._table):
+            former, self._table = self._table, array("q", [0]) * (2 * len(self._table))
+            for kept in former:
+                if kept:
+                    self._table[self._place(kept)] = kept
+        return True
+
+    def _place(self, value: int) -> int:
+        """Where it is in the table, or would be."""
+        table = self._table
+        place = value % len(table)
+        while table[place] not in (0, value):
+            place = (place + 1) % len(table)
+        return place
 
 
 def _row(index: int, file: str | None, record: Record, section: Batch, form: Form) -> Row:

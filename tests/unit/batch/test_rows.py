@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.batch.rows import Row, read_rows
+from tunesmith.batch.rows import Row, _Hashes, read_rows
 from tunesmith.config import UserError
 from tunesmith.config.schema.batch import Batch
 
@@ -122,3 +123,21 @@ def test_any_bytes_give_one_row_for_each_line(tmp_path: Path, lines: list[bytes]
     good = [str(row.id) for row in rows if row.error is None]
     assert len(good) == len(set(good))
     assert all(row.ask.messages for row in rows if row.error is None)
+
+
+@given(
+    st.lists(st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-9, 9).map((1024).__mul__)))
+)
+def test_hashes_are_a_set(values: list[int]) -> None:
+    table, former = _Hashes(), set[int]()
+    for value in values * 2:
+        value = value or 1
+        assert table.add(value) == (value not in former)
+        former.add(value)
+
+
+def test_many_hashes_take_little_memory() -> None:
+    table = _Hashes()
+    assert all(table.add(hash(str(at))) for at in range(5000))
+    assert not any(table.add(hash(str(at))) for at in range(5000))
+    assert sys.getsizeof(table._table) <= 32 * 5000
