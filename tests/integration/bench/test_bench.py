@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,25 @@ def stages(
     )
 
 
+class ClockedServer(rig.EngineServer):
+    """An engine whose life is timed by another clock than the bill's."""
+
+    lives_s: list[float] = []
+
+    def __enter__(self) -> rig.EngineServer:
+        self._entered_s = time.time()
+        return super().__enter__()
+
+    def __exit__(self, *ending: Any) -> None:
+        super().__exit__(*ending)
+        self.lives_s.append(time.time() - self._entered_s)
+
+
 @pytest.fixture(scope="module")
 def result(stages: Stages) -> dict[str, Any]:
-    return command.run(stages, "all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig, "EngineServer", ClockedServer)
+        return command.run(stages, "all")
 
 
 @pytest.mark.parametrize("mode", command.MODES)
@@ -93,9 +110,10 @@ def test_costs_add_up(stages: Stages, result: dict[str, Any]) -> None:
         assert each_usd == pytest.approx(lines["arrivals"]["usd"], rel=1e-6)
     assert all(line["seconds"] >= 0 for line in lines.values())
     total_usd = sum(line["usd"] for line in lines.values())
+    [life_s] = ClockedServer.lives_s
+    assert total_usd == pytest.approx(life_s * 0.001, rel=1e-3)
     # The artifacts' own clock also runs while prompts are read and the ceiling is measured.
     clock_s = sum(artifact.manifest.cost.device_seconds for artifact in artifacts.values())
-    assert total_usd == pytest.approx(sum(line["seconds"] for line in lines.values()) * 0.001)
     assert total_usd <= clock_s * 0.001 < total_usd + 30 * 0.001
 
 
