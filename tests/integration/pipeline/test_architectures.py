@@ -63,4 +63,5 @@ def test_the_whole_way(
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 3 and all(0 < row["output_tokens"] <= 8 for row in answers)
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
-    assert stages.batch().parents["model"] == stages.quantized(scheme).id
+    made = stages.made(stages.batch()).manifest
+    assert made.parents["model"] == stages.made(stages.quantized(scheme)).id

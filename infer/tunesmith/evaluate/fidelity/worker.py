@@ -78,7 +78,7 @@ class Worker:
 
 def _context() -> ForkServerContext | SpawnContext:
     """How engine processes are started. On a CPU they are forks of one that has imported vLLM,
-    which takes eight times as long as a tiny model takes to load; on a GPU each imports it."""
+    so that this is waited for once; on a GPU each imports it, because CUDA survives no fork."""
     if has_gpu_engine():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
