@@ -26,14 +26,15 @@ def run(stages: Stages, *, discard: bool = False) -> dict[str, Any]:
         raise UserError(f"{stages.path}: this needs a train section")
     check_libraries(train)
     if not is_launched():
-        make_dataset(stages)  # tells of bad rows at once: the libraries take ten seconds to load
+        # What is wrong with rows or the base is told at once: the libraries take seconds to load.
+        make_dataset(stages)
+    is_made = stages.store.find(stages.trained.id) is not None
     load_libraries(train)
     from tunesmith.train.drift import check_drift
     from tunesmith.train.merge import merge_stage
     from tunesmith.train.ranks import check_processes, join, main_first
     from tunesmith.train.stage import make_base, make_trained_over, train_stage
 
-    is_made = stages.store.find(stages.trained.id) is not None
     if train.processes > 1 and not is_made and not is_launched():
         check_drift(stages, stages.trained, discard=discard)
         if stages.builds_base:
