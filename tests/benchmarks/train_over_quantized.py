@@ -98,7 +98,7 @@ def _measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "over_s": fitted["train_s"],
         "recover_s": {scheme: made["train_s"] for scheme, made in recovered.items()},
         "recover_kl_nats": {
-            scheme: [made["eval_loss_before"], made["eval_loss_after"]]
+            scheme: [made["kl_nats_before"], made["kl_nats_mended"], made["eval_loss_after"]]
             for scheme, made in recovered.items()
         },
         "rows": rows,

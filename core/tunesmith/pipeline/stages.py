@@ -230,6 +230,7 @@ class Stages:
         assert quantize and quantize.recover and data
         section = {
             "recover": _drop(quantize.recover, "schemes", "gradient_checkpointing"),
+            "start": "mended",
             "model": _pick(self.recipe.model, "dtype"),
             "data": _pick(data, "max_length", "truncation"),
             "seed": self.recipe.seed,

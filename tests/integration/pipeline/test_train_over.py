@@ -144,7 +144,8 @@ def test_what_two_bits_lost_is_won_back_by_learning_from_the_parent(
         recover.run(Stages(other))
 
     made = recover.run(stages)["adapters"]["w2a16"]
-    assert made["eval_loss_after"] < 0.7 * made["eval_loss_before"]
+    assert made["kl_nats_mended"] < made["kl_nats_before"]
+    assert made["eval_loss_after"] < 0.7 * made["kl_nats_before"]
     adapter = stages.made(stages.recovered("w2a16"))
     assert adapter.manifest.parents["teacher"] == stages.base.id
     config = json.loads((adapter.root / "adapter_config.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from tunesmith.train import loss as losses
 from tunesmith.train.compressed import _RoundToInt8
 from tunesmith.train.distil import Distillation
 from tunesmith.train.examples import Example
-from tunesmith.train.loss import collate
+from tunesmith.train.loss import Batch, collate
+from tunesmith.train.mend import mend_student
 from tunesmith.train.model import add_adapter
 
 
@@ -52,6 +54,42 @@ def test_the_loss_and_its_gradient_are_those_of_whole_distributions(
     expected_N.sum().backward()
     for ours, weight in zip(found, (w for w in loss.parameters() if w.requires_grad), strict=True):
         torch.testing.assert_close(ours, weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def _pair(folder: Path) -> tuple[Any, Any, list[Batch]]:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    ids = np.arange(40, dtype=np.int32)
+    return student, teacher, [collate([Example(ids * step % 97, ids > 0)]) for step in (1, 3, 7)]
+
+
+def test_an_error_of_low_rank_is_mended_before_a_step(base_of: Callable[[str], Path]) -> None:
+    student, teacher, batches = _pair(base_of("llama"))
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if "proj" in name:
+                rows, columns = weight.shape
+                weight.add_(torch.randn(rows, 3) @ torch.randn(3, columns) * 0.05)
+    loss = Distillation(add_adapter(student, Lora(r=4)), teacher, torch.float32)
+    before, after = mend_student(loss, batches, batches)
+    assert before > 1e-2
+    assert after < 1e-3 * before
+
+
+def test_weights_that_only_changed_places_are_left_alone(base_of: Callable[[str], Path]) -> None:
+    student, teacher, batches = _pair(base_of("llama"))
+    for layer in student.model.layers:
+        mlp = layer.mlp
+        order = torch.randperm(mlp.gate_proj.weight.shape[0])
+        for part, turned in ((mlp.gate_proj, True), (mlp.up_proj, True), (mlp.down_proj, False)):
+            kept = part.weight.data
+            part.weight.data = kept[order] if turned else kept[:, order]
+    with torch.no_grad():
+        student.lm_head.weight.add_(torch.randn_like(student.lm_head.weight) * 0.02)
+    loss = Distillation(add_adapter(student, Lora(r=4)), teacher, torch.float32)
+    before, after = mend_student(loss, batches, batches)
+    assert before == after
+    products = [weight for name, weight in loss.named_parameters() if "lora_B" in name]
+    assert products and not any(weight.any() for weight in products)
 
 
 def test_activations_are_rounded_token_by_token_and_gradients_pass() -> None:

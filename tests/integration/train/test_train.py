@@ -21,8 +21,8 @@ from tunesmith.pipeline import Stages
 from tunesmith.train import command
 from tunesmith.train import model as models
 from tunesmith.train.language import EVALUATION_FILE, read_language
-from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loss import TokenLoss, collate
+from tunesmith.train.mend import mend_quantization
 
 StagesOf = Callable[..., Stages]
 QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]

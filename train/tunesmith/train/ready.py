@@ -21,8 +21,8 @@ from tunesmith.train.examples import Example, Examples
 from tunesmith.train.forecast import Forecaster
 from tunesmith.train.heap import keep_small
 from tunesmith.train.language import Language
-from tunesmith.train.loftq import mend_quantization
 from tunesmith.train.loss import TokenLoss, keep_documents_apart
+from tunesmith.train.mend import mend_quantization
 from tunesmith.train.region import compile_layers
 from tunesmith.train.side import Layout
 

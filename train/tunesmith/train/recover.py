@@ -51,16 +51,17 @@ def show(result: dict[str, Any]) -> Any:
     rows = [
         (
             scheme,
-            f"{made['eval_loss_before']:.5f}",
+            f"{made['kl_nats_before']:.5f}",
+            f"{made['kl_nats_mended']:.5f}",
             f"{made['eval_loss_after']:.5f}",
-            f"{1 - made['eval_loss_after'] / made['eval_loss_before']:.0%}",
+            f"{1 - made['eval_loss_after'] / made['kl_nats_before']:.0%}",
             f"{made['steps']:,}",
             "reused" if made["reused"] else f"{made['train_s']:,.1f} s",
             made["id"],
         )
         for scheme, made in result["adapters"].items()
     ]
-    columns = ("scheme", "KL before", "after", "less", "steps", "time", "artifact")
+    columns = ("scheme", "KL before", "mended", "after", "less", "steps", "time", "artifact")
     return make_table(
         "Recovered (KL from the parent on held-out rows, nats per token)", columns, rows
     )

@@ -16,6 +16,7 @@ from tunesmith.ledger.store import Work
 from tunesmith.pipeline.stages import Stages
 from tunesmith.terminal import log
 from tunesmith.train import model as models
+from tunesmith.train.batches import choose_rows
 from tunesmith.train.checkpoint import whole_weights
 from tunesmith.train.compressed import check_base
 from tunesmith.train.devices import in_gib, peak_memory_bytes
@@ -29,7 +30,8 @@ from tunesmith.train.language import (
     read_language,
 )
 from tunesmith.train.loop import METRICS_FILE, Job, Trainer
-from tunesmith.train.loss import TokenLoss, check_logits, keep_documents_apart
+from tunesmith.train.loss import Batch, TokenLoss, check_logits, collate, keep_documents_apart
+from tunesmith.train.mend import mend_student
 from tunesmith.train.progress import Progress
 from tunesmith.train.ranks import main_first, write_together
 from tunesmith.train.ready import check_device, check_memory, choose_layout, make_ready
@@ -39,6 +41,9 @@ from tunesmith.train.side import Layout
 from tunesmith.train.tracking import tracked
 
 _INITIAL = "initial"
+
+_MENDED_FROM_ROWS = 64
+"""Training rows that the size of each layer's inputs is measured on."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def _learn(
             layout = Layout() if keep_documents_apart(loss.teacher, rows, device) else layout
         # A teacher has something to say of every token, not of the learnt ones alone.
         taught = parts.train.everywhere() if teacher else parts.train
+        if isinstance(loss, Distillation):
+            work.metrics |= _mend(loss, taught, parts.evaluation, recipe, accelerator)
         job = Job(
             loss,
             taught,
@@ -158,6 +165,25 @@ def _taught(parts: Parts, teacher: Artifact | None, recipe: Recipe, accelerator:
         teacher.root, parts.dtype, accelerator.device, trust_remote_code=trust
     )
     return Distillation(parts.model, loaded, parts.dtype)
+
+
+def _mend(
+    loss: Distillation, taught: Examples, held_out: Examples, recipe: Recipe, accelerator: Any
+) -> dict[str, float]:
+    """Have the student begin from what its weights lack of its teacher's; the divergence of the
+    checkpoint as it is, and of that beginning, on the held-out rows that are evaluated."""
+    assert recipe.train
+
+    def batches(examples: Examples, limit: int) -> list[Batch]:
+        chosen = choose_rows(len(examples.rows), limit, recipe.seed)
+        # Alone, because padding would count as an input.
+        return [collate([examples.rows[at]]).to(accelerator.device) for at in chosen]
+
+    before, after = mend_student(
+        loss, batches(taught, _MENDED_FROM_ROWS), batches(held_out, recipe.train.max_eval_rows)
+    )
+    log(f"held-out divergence from the parent {before:.4f}; {after:.4f} once mended, before a step")
+    return {"kl_nats_before": before, "kl_nats_mended": after}
 
 
 def prepare(recipe: Recipe, dataset: Artifact, base: Artifact | None, accelerator: Any) -> Parts:
