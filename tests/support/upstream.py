@@ -181,9 +181,9 @@ class FakeEngine:
     """What the next one runs."""
     starts = 0
     refused: tuple[str, ...] = ()
-    """Parts of the paths of models that it has no kernel for."""
+    """Parts of the paths of models, or of settings, that it has no kernel for."""
     slower: Mapping[str, float] = {}
-    """How many times as long others take, by parts of their paths."""
+    """How many times as long others take, by parts of their paths or settings."""
     order: list[str] = []
     """Folders of the models, as they were started."""
 
@@ -191,11 +191,12 @@ class FakeEngine:
         self.spec, self.load_s, self.url, self.pid = spec, 0.0, "", None
 
     def __enter__(self) -> FakeEngine:
-        if any(part in str(self.spec.model) for part in self.refused):
+        name = f"{self.spec.model} {self.spec.settings} "
+        if any(part in name for part in self.refused):
             raise ModelError("no kernel for it")
         type(self).starts += 1
         self.order.append(str(self.spec.model))
-        (slowness,) = {n for part, n in self.slower.items() if part in self.order[-1]} or {1.0}
+        (slowness,) = {n for part, n in self.slower.items() if part in name} or {1.0}
         upstream = replace(self.upstream, slowness=slowness)
         started_s = time.perf_counter()
         context = multiprocessing.get_context("spawn")

@@ -71,6 +71,14 @@ def bench_sweep(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson
     execute("bench sweep", recipe, overrides, as_json)
 
 
+@bench_app.command("settings")
+def bench_settings(
+    recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Which values of the engine section matter for a model, and which are best."""
+    execute("bench settings", recipe, overrides, as_json)
+
+
 @bench_app.command("frontier")
 def bench_frontier(
     recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False

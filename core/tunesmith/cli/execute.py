@@ -40,6 +40,7 @@ _COMMANDS = {
     "feedback export": ("tunesmith.serve.feedback.export", "infer"),
     "bench": ("tunesmith.bench.command", "infer"),
     "bench sweep": ("tunesmith.bench.sweep", "infer"),
+    "bench settings": ("tunesmith.bench.settings", "infer"),
     "bench frontier": ("tunesmith.bench.frontier", "infer"),
     "bench train": ("tunesmith.train.bench", "train"),
 }

@@ -20,6 +20,9 @@ from tunesmith.pipeline.bench import bench_inputs, bench_section
 from tunesmith.pipeline.sources import BUILTIN_BASE, digest_data, hub_commit, source_names
 
 _REVISION = 1
+_LATER_ENGINE_KEYS = (
+    "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "kv_cache_dtype",
+)  # fmt: skip
 _RECOVER = "+recover"
 # The keys of `batch` that decide the answers.
 _BATCH_ANSWERS = (
@@ -339,7 +342,7 @@ class Stages:
         return {name: adapter_of(self.store, value, own) for name, value in named.items()}
 
     def bench(self, mode: str) -> Draft:
-        """Speed and cost of variants on this machine; `mode` is batch, serve, sweep or frontier."""
+        """Speed and cost of variants on this machine; `mode` is one of bench's commands."""
         bench = self.recipe.bench
         if bench is None:
             raise UserError(f"{self.path}: this needs a bench section")
@@ -363,6 +366,8 @@ class Stages:
 
     def benched(self, mode: str) -> tuple[str, ...]:
         """The variants that a mode measures."""
+        if mode == "settings":
+            return self.benchmarked[-1:]
         if mode != "frontier":
             return self.benchmarked
         chosen = self.recipe.bench.variants if self.recipe.bench else None
@@ -456,8 +461,10 @@ class Stages:
 
     @property
     def _engine(self) -> dict[str, Any]:
-        settings = _drop(self.recipe.engine, "start_timeout_s", "gpu_memory_utilization")
-        return settings | _pick(self.recipe.model, "dtype")
+        engine = self.recipe.engine
+        settings = _drop(engine, "start_timeout_s", "gpu_memory_utilization", *_LATER_ENGINE_KEYS)
+        later = _given(engine, *_LATER_ENGINE_KEYS)
+        return settings | later | _pick(self.recipe.model, "dtype")
 
     def _draft(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.report import figures as say
@@ -48,6 +48,40 @@ def frontier_row(cell: Mapping[str, Any]) -> list[str]:
         "yes" if cell["pareto"] else NOTHING,
         "VALID" if cell["valid"] else "INVALID",
     ]
+
+
+def settings_columns() -> list[str]:
+    """Of the table of `bench settings`."""
+    return [
+        "Key", "Value", "Tokens/s", "Change, %", "Goodput/s", "TTFT ms, p50 / p95",
+        "TPOT ms, p50 / p95", "Engine", "Verdict",
+    ]  # fmt: skip
+
+
+def settings_rows(steps: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Each value of each key; the first of a key is what the others take turns with."""
+    rows = []
+    for step in steps:
+        for place, entry in enumerate(step["tried"]):
+            named = ["" if place else step["key"], str(entry["value"])]
+            if "refused" in entry:
+                rows.append([*named, *[NOTHING] * (len(settings_columns()) - 3), "refused"])
+                continue
+            rate, change = entry["output_tokens_per_s"], entry.get("change")
+            verdict = entry["verdict"] if place else "compared with"
+            rows.append(
+                [
+                    *named,
+                    f"{rate['value']:,.0f}" if rate else NOTHING,
+                    _change(change) if change else NOTHING,
+                    f"{entry['goodput']['requests_per_s']:.2f}",
+                    pair(entry["ttft_ms"]),
+                    pair(entry["tpot_ms"]),
+                    say.size(entry["engine_bytes"]),
+                    f"{verdict}, taken" if entry["value"] == step["best"] else verdict,
+                ]
+            )
+    return rows
 
 
 def _change(change: Mapping[str, float]) -> str:

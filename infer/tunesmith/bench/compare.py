@@ -27,7 +27,10 @@ from tunesmith.statistics.independent import relative_difference
 from tunesmith.terminal import make_table
 
 SCHEMA = 2
-_NOT_LOAD = {"slo", "rounds", "rates", "concurrencies", "search_s", "search_tolerance", "variants"}
+_NOT_LOAD = {
+    "slo", "rounds", "rates", "concurrencies", "search_s", "search_tolerance", "settings",
+    "variants",
+}  # fmt: skip
 _ORDER = [
     "output_tokens_per_s",
     *(f"{name}_ms p{at}" for name in ("e2e", "ttft", "tpot", "itl") for at in PERCENTILES),
@@ -82,14 +85,14 @@ def read_measured(store: Store, reference: str) -> dict[str, Measured]:
     if found.get("schema_version") != SCHEMA or found.get("mode") not in ("batch", "serve"):
         raise UserError(f"{reference}: compare takes results of bench batch and bench serve")
     load = {key: value for key, value in found["bench"].items() if key not in _NOT_LOAD}
-    measured = {
-        key: _measured(f"{name}:{key}", found["mode"], load, entry)
+    kept = {
+        key: measured(f"{name}:{key}", found["mode"], load, entry)
         for key, entry in found["variants"].items()
         if "samples" in entry and key == (variant or key)
     }
-    if not measured:
+    if not kept:
         raise UserError(f"{reference}: it has {', '.join(found['variants'])}, none of it measured")
-    return measured
+    return kept
 
 
 def compare(left: Measured, right: Measured) -> dict[str, Any]:
@@ -201,7 +204,8 @@ def _work(one: Measured) -> tuple[float, int]:
     )
 
 
-def _measured(name: str, mode: str, load: Mapping[str, Any], entry: Mapping[str, Any]) -> Measured:
+def measured(name: str, mode: str, load: Mapping[str, Any], entry: Mapping[str, Any]) -> Measured:
+    """A variant's entry of a `bench.json`, read back."""
     rounds: list[tuple[list[Sample], Window]] = [
         ([], Window(one["start_s"], one["end_s"])) for one in entry["rounds"]
     ]

@@ -17,14 +17,10 @@ from rich.text import Text
 
 from tunesmith.bench.cells import frontier_columns, frontier_row
 from tunesmith.bench.choice import choose, verdict
-from tunesmith.bench.client import Sample
-from tunesmith.bench.counters import Counters
-from tunesmith.bench.figures import Window
-from tunesmith.bench.measure import Meter, Phase
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
-from tunesmith.bench.rig import Rig, bench_of, hour_usd, on_server, open_rig, write_json
+from tunesmith.bench.rig import Rig, bench_of, hour_usd, open_rig, write_json
 from tunesmith.bench.roofline import weights_bytes
-from tunesmith.bench.validity import Evidence, faults
+from tunesmith.bench.turns import one_round, phases, read_json
 from tunesmith.config import GateError, ModelError, UserError
 from tunesmith.engine import EngineSpec, engine_spec
 from tunesmith.ledger import Artifact, Work, describe_environment
@@ -32,8 +28,6 @@ from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.statistics import compare
 from tunesmith.terminal import log, make_table
-
-_PHASES = ("prompts", "full_queue", "arrivals")
 
 
 def run(stages: Stages) -> dict[str, Any]:
@@ -61,12 +55,12 @@ def _measure(stages: Stages, work: Work, rig: Rig) -> None:
             refusals[name] = {"kind": "verification", "refused": str(error)}
     for place in range(rig.bench.rounds):
         for name, spec in specs.items():
-            path = work.scratch / f"{name}.round-{place}.json"
+            path = _path(work, name, place)
             if name in refusals or path.exists():
                 continue
             log(f"bench frontier: round {place + 1}/{rig.bench.rounds}: {name}")
             try:
-                write_json(path, _round(rig, work, name, spec))
+                write_json(path, one_round(rig, name, spec, work.scratch / f"{name}.log"))
             except ModelError as error:
                 log(f"bench {name}: refused: {error}")
                 refusals[name] = {"kind": "engine", "refused": str(error)}
@@ -92,31 +86,14 @@ def _measure(stages: Stages, work: Work, rig: Rig) -> None:
     }
 
 
-def _round(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
-    """One start of an engine and one round of every load."""
-
-    async def phases(meter: Meter) -> dict[str, Any]:
-        await meter.warm_up()
-        return {
-            "prompts": await meter.prompts_only(),
-            "full_queue": await meter.full_queue(rounds=1),
-            "arrivals": await meter.arrivals(rounds=1),
-        }
-
-    measured = on_server(rig, name, spec, work.scratch / f"{name}.log", phases)
-    rounds = {key: asdict(phase.rounds[0]) for key, phase in measured.found.items()}
-    return {"load_s": measured.load_s, "engine_bytes": measured.engine_bytes, **rounds}
+def _path(work: Work, name: str, place: int) -> Path:
+    return work.scratch / f"{name}.round-{place}.json"
 
 
 def _entry(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
     """All rounds of a model together."""
-    read = [
-        json.loads((work.scratch / f"{name}.round-{place}.json").read_text(encoding="utf-8"))
-        for place in range(rig.bench.rounds)
-    ]
-    prompts, full_queue, arrivals = (
-        _phase([_evidence(one[key]) for one in read]) for key in _PHASES
-    )
+    read = [read_json(_path(work, name, place)) for place in range(rig.bench.rounds)]
+    prompts, full_queue, arrivals = phases(read)
     share = reading_share(prompts, full_queue)
     saturated = phase_figures(full_queue, rig.bench, rig.seed)
     arriving = phase_figures(arrivals, rig.bench, rig.seed)
@@ -138,20 +115,6 @@ def _entry(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
         "load_s": min(one["load_s"] for one in read),
         "samples": samples_of(arrivals, rig.hour_usd),
     }
-
-
-def _phase(rounds: list[Evidence]) -> Phase:
-    return Phase(tuple(rounds), faults(rounds))
-
-
-def _evidence(kept: dict[str, Any]) -> Evidence:
-    """What `asdict` made of it, back."""
-    samples = [
-        Sample(**one | {key: tuple(one[key]) for key in ("piece_s", "piece_tokens")})
-        for one in kept["samples"]
-    ]
-    counted, window = Counters(**kept["counted"]), Window(*kept["window"])
-    return Evidence(**kept | {"samples": samples, "counted": counted, "window": window})
 
 
 def result_of(stages: Stages, artifact: Artifact) -> dict[str, Any]:

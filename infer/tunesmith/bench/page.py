@@ -7,9 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.bench.cells import NOTHING, frontier_columns, frontier_row, pair
+from tunesmith.bench.cells import (
+    NOTHING,
+    frontier_columns,
+    frontier_row,
+    pair,
+    settings_columns,
+    settings_rows,
+)
 from tunesmith.bench.frontier import result_of
 from tunesmith.bench.plots import by_concurrency, by_rate, distribution, pareto, timeline
+from tunesmith.bench.settings import advice, remarks
 from tunesmith.config import UserError, load_recipe
 from tunesmith.ledger import Store
 from tunesmith.ledger.store import RESOLVED
@@ -26,6 +34,7 @@ _LEADS = {
     "batch": "A full queue: what the engine delivers at most, and what a token costs then.",
     "serve": "Requests that arrive on their own, timed from when they were meant to be sent.",
     "sweep": "Many loads, and the highest rate that keeps the promise.",
+    "settings": "Values of the engine section in turns, and what each changes.",
     "frontier": "Quality, speed, memory and price of every model, measured in turns.",
 }
 
@@ -36,7 +45,9 @@ def write_page(store: Store, reference: str, path: Path) -> Path:
     source = artifact.root / "bench.json"
     found = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
     if found.get("schema_version") != 2 or found.get("mode") not in _LEADS:
-        raise UserError(f"{artifact.id} is no bench batch, serve, sweep or frontier of today")
+        raise UserError(
+            f"{artifact.id} is no bench batch, serve, sweep, settings or frontier of today"
+        )
     if found["mode"] == "frontier":
         recipe = load_recipe(artifact.root / RESOLVED)
         found |= result_of(Stages(recipe, store), artifact)
@@ -155,7 +166,19 @@ def _frontier(found: Mapping[str, Any]) -> Parts:
     return [table], plots, []
 
 
-_PARTS = {"batch": _loads, "serve": _loads, "sweep": _sweep, "frontier": _frontier}
+def _settings(found: Mapping[str, Any]) -> Parts:
+    """Of bench settings: one table of all values."""
+    table = {
+        "title": found["model"], "columns": settings_columns(),
+        "rows": settings_rows(found["steps"]), "doubts": remarks(found["steps"]),
+        "notes": [advice(found)],
+    }  # fmt: skip
+    return [table], [], []
+
+
+_PARTS = {
+    "batch": _loads, "serve": _loads, "sweep": _sweep, "frontier": _frontier, "settings": _settings
+}  # fmt: skip
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[str]:

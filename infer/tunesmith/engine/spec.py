@@ -15,6 +15,9 @@ from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
 _TEMPLATE = "chat_template.jinja"
+_LEFT_TO_VLLM = {
+    "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "kv_cache_dtype",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
     }
     if settings.max_model_len:
         arguments["max_model_len"] = settings.max_model_len
+    # What is left as it is vLLM decides by the model: some can do without one or the other alone.
+    arguments |= settings.model_dump(include=_LEFT_TO_VLLM, exclude_defaults=True)
     if gpu:
         arguments |= {
             "enforce_eager": settings.enforce_eager,

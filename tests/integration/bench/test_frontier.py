@@ -17,6 +17,7 @@ from upstream import FakeEngine, Upstream
 from tunesmith.bench import frontier
 from tunesmith.bench.choice import cheapest, choose, verdict
 from tunesmith.bench.page import write_page
+from tunesmith.cli import plan
 from tunesmith.config import ModelError, UserError
 from tunesmith.pipeline import Stages
 from tunesmith.serve.govern.price import find_price
@@ -71,20 +72,20 @@ def test_models_take_turns_and_one_is_chosen(
     monkeypatch.setattr(engine, "upstream", Upstream(ttft_s=0.06, tpot_s=0.01))
     monkeypatch.setattr(engine, "refused", (ids["w4a16"],))
     monkeypatch.setattr(engine, "slower", {ids["tuned"]: 1.6})
-    measure = frontier._round
+    measure = frontier.one_round
     measured: list[str] = []
 
-    def stopping(rig: Any, work: Any, name: str, spec: Any) -> Any:
+    def stopping(rig: Any, name: str, *rest: Any) -> Any:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(name)
-        return measure(rig, work, name, spec)
+        return measure(rig, name, *rest)
 
-    monkeypatch.setattr(frontier, "_round", stopping)
+    monkeypatch.setattr(frontier, "one_round", stopping)
     with pytest.raises(KeyboardInterrupt):
         frontier.run(stages)
     assert measured == list(LOSS)
-    monkeypatch.setattr(frontier, "_round", measure)
+    monkeypatch.setattr(frontier, "one_round", measure)
     result = frontier.run(stages)
     assert len(engine.order) == 4, "two models, twice; what was measured is kept"
     assert engine.order[:2] == engine.order[2:], "in turns"
@@ -111,8 +112,15 @@ def test_models_take_turns_and_one_is_chosen(
     price = find_price(stages, "w8a8-int8")
     if cells["w8a8-int8"]["valid"]:  # a busy machine may rightly be told otherwise
         assert price and price.source == result["id"]
+        planned = plan._serving(stages, "w8a8-int8")
+        assert planned["sources"] == [result["id"]]
+        assert planned["usd_per_million_output_tokens"] == price.output_usd_per_million_tokens
         assert "w8a8-int8 is the cheapest" in result["verdict"]
     assert find_price(stages, "w4a16") is None, "no benchmark for this, rather than a guess"
+    unknown = plan._serving(stages, "w4a16")
+    assert unknown == {"sources": []}
+    Console(file=text, width=220).print(plan._serving_table({"w4a16": unknown}))
+    assert "no benchmark of this here" in text.getvalue()
 
 
 def test_a_frontier_needs_a_price_and_a_model_that_runs(

@@ -35,6 +35,25 @@ class Lengths(Section):
     """How often it is asked, against the other kinds."""
 
 
+class Settings(Section):
+    """Values of the `engine` section that `bench settings` tries beside the recipe's own."""
+
+    max_num_seqs: tuple[Positive, ...] = ()
+    """Sequences decoded together."""
+
+    max_num_batched_tokens: tuple[Positive, ...] = ()
+    """Tokens computed in one pass."""
+
+    enable_chunked_prefill: tuple[bool, ...] = ()
+    """Whether long prompts are cut."""
+
+    enable_prefix_caching: tuple[bool, ...] = ()
+    """Whether keys and values of prompts are kept."""
+
+    kv_cache_dtype: tuple[Literal["auto", "fp8"], ...] = ()
+    """Precision of the key-value cache."""
+
+
 class ApiPrice(Section):
     """What an API asks for the same tokens."""
 
@@ -96,10 +115,13 @@ class Bench(Section):
     """Numbers in flight of `bench sweep`."""
 
     search_s: Annotated[float, Field(gt=0.0)] = 600.0
-    """Longest time that `bench sweep` loads one model."""
+    """Longest time that `bench sweep` loads one model, and that `bench settings` takes."""
 
     search_tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """How near to the highest rate that keeps `slo` the search goes, as a share of it."""
+
+    settings: Settings = Settings()
+    """What `bench settings` tries, key after key, with the last model of the recipe."""
 
     variants: tuple[Variant, ...] | None = None
     """What `bench frontier` compares; every model of the recipe when null."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,18 @@ class Engine(Section):
 
     max_num_seqs: Positive = 64
     """Sequences decoded together."""
+
+    max_num_batched_tokens: Positive | None = None
+    """Tokens computed in one pass, prompts and answers together; vLLM's own choice when null."""
+
+    enable_chunked_prefill: bool = True
+    """Cut long prompts, so that answers go on beside them."""
+
+    enable_prefix_caching: bool = True
+    """Keep keys and values of prompts for those that begin alike."""
+
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Precision of the key-value cache: the model's, or half of that."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of GPU memory the engine may take."""

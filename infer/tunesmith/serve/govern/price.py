@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.config.schema.routes import Upstream
 from tunesmith.config.schema.serve import Serve
 from tunesmith.pipeline import Stages
+from tunesmith.pipeline.measured import PRICED_BY, is_price, known
 
 _NANO_PER_TOKEN = 1000
 """Nano-USD per token of one USD per million tokens."""
@@ -42,21 +42,12 @@ def given_price(section: Upstream | None, serve: Serve) -> TokenPrice | None:
 
 
 def find_price(stages: Stages, variant: str) -> TokenPrice | None:
-    """What `bench serve` or `bench batch` measured for a model of the recipe."""
-    if stages.recipe.bench is None:
-        return None
-    for mode in ("serve", "batch", "frontier"):
-        found = stages.store.find(stages.bench(mode).id)
-        measured = found.manifest.metrics.get("variants", {}).get(variant) if found else None
-        if found and measured and (price := _measured(measured, found.id)):
-            return price
+    """What a benchmark measured for a model of the recipe."""
+    for figures, source in known(stages, variant, *PRICED_BY):
+        if is_price(figures):
+            return TokenPrice(
+                figures["usd_per_million_input_tokens"],
+                figures["usd_per_million_output_tokens"],
+                source,
+            )
     return None
-
-
-def _measured(figures: dict[str, Any], source: str) -> TokenPrice | None:
-    """Only a valid run is a price."""
-    per_input = figures.get("usd_per_million_input_tokens")
-    per_output = figures.get("usd_per_million_output_tokens")
-    if not figures.get("valid") or per_input is None or per_output is None:
-        return None
-    return TokenPrice(per_input, per_output, source)
