@@ -1,11 +1,13 @@
-"""The same engine under the same load, measured by `vllm bench serve` and by ours, in turns.
+"""The same engine under the same load, measured by `vllm bench serve`, GuideLLM and ours, in turns.
 
 python tests/benchmarks/bench_peer.py --model FOLDER --out docs/measured/bench-peer-cpu.json
 
 `FOLDER` is a chat model. Closed loop: requests of random tokens, equal lengths, with as many in
 flight. Throughput over the whole run (the peer trims no ramps), median TTFT and median TPOT must
-be within 5 % of the peer's, by the medians of the rounds. Prompts of ours are token ids; the peer
-sends text, which can be some tokens longer or shorter.
+be within 5 % of those of `vllm bench serve`, by the medians of the rounds. Prompts of ours are
+token ids; the peers send text, which can be some tokens longer or shorter. GuideLLM comes into an
+environment of its own and is only shown: its time per token is over all tokens, the first one's
+too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import venv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +35,7 @@ from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
 BOUND = 0.05
+GUIDELLM = "guidellm==0.8.1"
 INPUT_TOKENS, OUTPUT_TOKENS, CONCURRENCY, REQUESTS = 64, 64, 16, 192
 # The console script fails in the CPU wheel; its module does not.
 PEER = (
@@ -58,19 +62,23 @@ def main() -> None:
         rounds = [
             {
                 "ours": asyncio.run(_ours(server.url, generator, seed)),
-                "peer": _peer(server.url, options.model, Path(folder), seed),
+                "vllm": _vllm(server.url, options.model, Path(folder), seed),
+                "guidellm": _guidellm(server.url, options.model, Path(folder), seed),
             }
             for seed in range(options.rounds)
         ]
     differences = {
-        figure: median(one["ours"][figure] for one in rounds)
-        / median(one["peer"][figure] for one in rounds)
-        - 1
-        for figure in rounds[0]["ours"]
+        peer: {
+            figure: median(one["ours"][figure] for one in rounds)
+            / median(one[peer][figure] for one in rounds)
+            - 1
+            for figure in rounds[0]["ours"]
+        }
+        for peer in ("vllm", "guidellm")
     }
     missed = [
-        f"{figure}: {difference:+.1%} from the peer's"
-        for figure, difference in differences.items()
+        f"{figure}: {difference:+.1%} from that of vllm bench serve"
+        for figure, difference in differences["vllm"].items()
         if abs(difference) > BOUND
     ]
     found = {"bound": BOUND, "differences": differences, "rounds": rounds}
@@ -102,7 +110,7 @@ async def _ours(url: str, generator: Generator, seed: int) -> dict[str, float]:
     }
 
 
-def _peer(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
+def _vllm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
     result = folder / f"peer-{seed}.json"
     arguments = {
         "backend": "openai",
@@ -132,6 +140,46 @@ def _peer(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
         "median_ttft_ms": found["median_ttft_ms"],
         "median_tpot_ms": found["median_tpot_ms"],
     }
+
+
+def _guidellm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
+    result = folder / f"guidellm-{seed}.json"
+    arguments = {
+        "backend": f"kind=openai_http,target={url.removesuffix('/v1')},model=bench,"
+        "request_format=/v1/completions",
+        "profile": f"kind=concurrent,streams={CONCURRENCY}",
+        "constraint": f"kind=max_requests,count={REQUESTS}",
+        "data": f"kind=synthetic_text,prompt_tokens={INPUT_TOKENS},output_tokens={OUTPUT_TOKENS}",
+        "tokenizer": f"kind=huggingface_auto,model={model}",
+        "seed": f"kind=static,value={2000 + seed}",
+        "output": f"kind=json,path={result}",
+    }
+    flags = [text for name, value in arguments.items() for text in (f"--{name}", value)]
+    command = [str(_environment(folder) / "bin" / "guidellm"), "run", *flags, "--disable-console"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    (found,) = json.loads(result.read_text(encoding="utf-8"))["benchmarks"]
+    metrics = found["metrics"]
+    assert metrics["request_totals"]["successful"] == REQUESTS, metrics["request_totals"]
+    scheduled = found["scheduler_metrics"]
+    seconds = scheduled["request_end_time"] - scheduled["request_start_time"]
+    return {
+        "output_tokens_per_s": REQUESTS * OUTPUT_TOKENS / seconds,
+        "median_ttft_ms": metrics["time_to_first_token_ms"]["successful"]["median"],
+        "median_tpot_ms": metrics["inter_token_latency_ms"]["successful"]["median"],
+    }
+
+
+def _environment(folder: Path) -> Path:
+    """A virtual environment with GuideLLM over the packages that are here."""
+    made = folder / "guidellm"
+    if not made.exists():
+        venv.create(made, with_pip=True)
+        (ours,) = {path for path in map(Path, sys.path) if path.name == "site-packages"}
+        (theirs,) = made.glob("lib/python*/site-packages")
+        (theirs / "ours.pth").write_text(f"{ours}\n", encoding="utf-8")
+        pip = [str(made / "bin" / "python"), "-m", "pip", "install", "--quiet", GUIDELLM]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+    return made
 
 
 if __name__ == "__main__":
