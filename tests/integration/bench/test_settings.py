@@ -32,7 +32,7 @@ def stages_with(
     tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]
 ) -> Callable[..., Stages]:
     return lambda **bench: stages_of(
-        tmp_path, llama, train=None, data=None, bench=BENCH | bench, engine={"max_num_seqs": 8}
+        tmp_path, llama, train=None, bench=BENCH | bench, engine={"max_num_seqs": 8}
     )
 
 
