@@ -153,6 +153,16 @@ def test_what_two_bits_lost_is_won_back_by_learning_from_the_parent(
     assert recover.run(stages)["adapters"]["w2a16"]["reused"]
 
 
+def test_an_adapter_may_begin_from_what_the_weights_that_serve_it_lost(
+    stages: Stages, folder: Path, llama: Path, rows: list[dict[str, Any]]
+) -> None:
+    lora = {"r": 16, "init_lora_weights": "loftq"}
+    trained = command.run(stages_over(folder, str(llama), rows, over="w2a16", lora=lora))["trained"]
+    assert trained["base"] == stages.quantized("w2a16").id
+    assert trained["kl_nats_mended"] < 0.8 * trained["kl_nats_before"]
+    assert trained["eval_loss_after"] < trained["eval_loss_before"] - 0.1
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [

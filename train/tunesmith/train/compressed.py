@@ -38,8 +38,11 @@ def check_base(folder: Path, train: Train) -> None:
             f"train.merge: {where}, and an adapter that is merged into it would be quantized with "
             "it; it is served over the base as it is: set train.merge: false"
         )
-    if train.lora.use_dora or train.lora.init_lora_weights != "zeros":
-        raise UserError(f"train.lora: {where}; neither DoRA nor another start than zeros goes")
+    starts = ("zeros", "loftq") if train.over else ("zeros",)
+    if train.lora.use_dora or train.lora.init_lora_weights not in starts:
+        raise UserError(
+            f"train.lora: {where}; DoRA does not go, nor another start than {' or '.join(starts)}"
+        )
     if train.base_precision != "same":
         raise UserError(f"train.base_precision: {where} already; leave it out")
 

@@ -126,6 +126,11 @@ class TokenLoss(nn.Module):
         self._parts = base, decoder, decoder.forward
         decoder.forward = self._decode
 
+    def release(self) -> None:
+        """Give the model its own forward back, for another loss to take its place."""
+        _, decoder, forward = self._parts
+        decoder.forward = forward
+
     def forward(
         self,
         input_ids_BS: Tensor,

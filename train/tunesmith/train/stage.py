@@ -91,7 +91,10 @@ def train_stage(stages: Stages, accelerator: Any) -> Artifact:
     dataset = main_first(lambda: make_dataset(stages))
     is_new = recipe.train.method == "pretrain"
     base = None if is_new else make_trained_over(stages, accelerator)
-    return _learn(stages, stages.trained, recipe, dataset, base, accelerator)
+    lost_of = None
+    if recipe.train.over and recipe.train.lora.init_lora_weights == "loftq":
+        lost_of = stages.made(stages.base)
+    return _learn(stages, stages.trained, recipe, dataset, base, accelerator, lost_of=lost_of)
 
 
 def recover_stage(stages: Stages, scheme: str, recipe: Recipe, accelerator: Any) -> Artifact:
@@ -101,7 +104,7 @@ def recover_stage(stages: Stages, scheme: str, recipe: Recipe, accelerator: Any)
     """
     checkpoint, teacher = stages.made(stages.quantized(scheme)), stages.made(stages.unquantized)
     draft, dataset = stages.recovered(scheme), make_dataset(stages)
-    return _learn(stages, draft, recipe, dataset, checkpoint, accelerator, teacher)
+    return _learn(stages, draft, recipe, dataset, checkpoint, accelerator, teacher=teacher)
 
 
 def _learn(
@@ -111,9 +114,12 @@ def _learn(
     dataset: Artifact,
     base: Artifact | None,
     accelerator: Any,
+    *,
     teacher: Artifact | None = None,
+    lost_of: Artifact | None = None,
 ) -> Artifact:
-    """The training of an artifact, as `recipe.train` says; from a teacher, if there is one."""
+    """The training of an artifact, as `recipe.train` says: from a teacher if there is one, and from
+    what quantization took from the weights of a teacher or of `lost_of`."""
     assert recipe.train
     is_sharded = recipe.train.sharding == "full"
     with write_together(stages, draft) as work:
@@ -121,7 +127,12 @@ def _learn(
             torch.cuda.reset_peak_memory_stats()
         parts = prepare(recipe, dataset, base, accelerator)
         saved = hollow(parts.model) if is_sharded else parts.model
-        loss = _taught(parts, teacher, recipe, accelerator)
+        loss = _taught(parts, teacher or lost_of, recipe, accelerator)
+        if isinstance(loss, Distillation):
+            work.metrics |= _mend(loss, parts, recipe, accelerator)
+        if lost_of:
+            loss.release()
+            loss = TokenLoss(parts.model, parts.dtype)
         if is_sharded:
             shard(loss, accelerator)
         check_logits(loss, parts.train.rows[0], accelerator.device)
@@ -131,8 +142,6 @@ def _learn(
             layout = Layout() if keep_documents_apart(loss.teacher, rows, device) else layout
         # A teacher has something to say of every token, not of the learnt ones alone.
         taught = parts.train.everywhere() if teacher else parts.train
-        if isinstance(loss, Distillation):
-            work.metrics |= _mend(loss, taught, parts.evaluation, recipe, accelerator)
         job = Job(
             loss,
             taught,
@@ -167,11 +176,9 @@ def _taught(parts: Parts, teacher: Artifact | None, recipe: Recipe, accelerator:
     return Distillation(parts.model, loaded, parts.dtype)
 
 
-def _mend(
-    loss: Distillation, taught: Examples, held_out: Examples, recipe: Recipe, accelerator: Any
-) -> dict[str, float]:
+def _mend(loss: Distillation, parts: Parts, recipe: Recipe, accelerator: Any) -> dict[str, float]:
     """Have the student begin from what its weights lack of its teacher's; the divergence of the
-    checkpoint as it is, and of that beginning, on the held-out rows that are evaluated."""
+    base alone, and of that beginning, on the held-out rows that are evaluated."""
     assert recipe.train
 
     def batches(examples: Examples, limit: int) -> list[Batch]:
@@ -179,10 +186,10 @@ def _mend(
         # Alone, because padding would count as an input.
         return [collate([examples.rows[at]]).to(accelerator.device) for at in chosen]
 
-    before, after = mend_student(
-        loss, batches(taught, _MENDED_FROM_ROWS), batches(held_out, recipe.train.max_eval_rows)
-    )
-    log(f"held-out divergence from the parent {before:.4f}; {after:.4f} once mended, before a step")
+    seen = batches(parts.train.everywhere(), _MENDED_FROM_ROWS)
+    before, after = mend_student(loss, seen, batches(parts.evaluation, recipe.train.max_eval_rows))
+    if accelerator.is_main_process:
+        log(f"divergence from the unquantized model: {before:.5f} nats; once mended {after:.5f}")
     return {"kl_nats_before": before, "kl_nats_mended": after}
 
 

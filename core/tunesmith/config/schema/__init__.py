@@ -110,7 +110,10 @@ class Recipe(Section):
                 "vLLM cannot serve a DoRA adapter over its base: use the model tuned, with "
                 "train.merge: true"
             )
-        if self.train and self.train.lora.init_lora_weights == "loftq" and self.serves_adapter:
+        mends_nf4 = (
+            self.train and self.train.lora.init_lora_weights == "loftq" and not self.train.over
+        )
+        if mends_nf4 and self.serves_adapter:
             raise ValueError(
                 "a LoftQ adapter mends 4-bit weights, which vLLM does not serve: use the model "
                 "tuned, with train.merge: true"

@@ -37,7 +37,7 @@ class Lora(Section):
     init_lora_weights: Literal["zeros", "pissa", "loftq"] = "zeros"
     """`zeros` starts from the base as it is; `pissa` puts the base's principal components into the
     adapter, for a faster start, and takes them out of it again when it is saved (at rank 2 r);
-    `loftq` starts from what 4-bit quantization took from the base (`qlora`)."""
+    `loftq` starts from what quantization took from the base (`qlora`, or with `over`)."""
 
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+)."""
@@ -226,8 +226,12 @@ class Train(Section):
             raise ValueError("architecture is given exactly when method is pretrain")
         if self.method == "qlora" and self.lora.init_lora_weights == "pissa":
             raise ValueError("lora.init_lora_weights: pissa needs unquantized weights: method lora")
-        if self.method != "qlora" and self.lora.init_lora_weights == "loftq":
-            raise ValueError("lora.init_lora_weights: loftq is for 4-bit weights: method qlora")
+        if self.lora.init_lora_weights == "loftq" and self.method != "qlora" and not self.over:
+            raise ValueError(
+                "lora.init_lora_weights: loftq is for quantized weights: method qlora, or over"
+            )
+        if self.sharding == "full" and self.over and self.lora.init_lora_weights == "loftq":
+            raise ValueError("lora.init_lora_weights: loftq needs whole weights: sharding none")
         if self.packing and self.preference:
             raise ValueError("packing is for single rows; preference learns pairs")
         if self.packing and self.neftune_noise_alpha:

@@ -1,0 +1,30 @@
+"""What `tunesmith run` does with a recipe, in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.config import Recipe
+from tunesmith.pipeline import Stages
+from tunesmith.pipeline.run import steps
+
+
+def test_a_model_that_is_pre_trained_can_be_quantized(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "new",
+            "store": {"folder": tmp_path},
+            "data": {"train": "builtin/stdlib", "format": "text"},
+            "train": {
+                "method": "pretrain",
+                "architecture": {
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "num_hidden_layers": 2,
+                },
+            },
+            "quantize": {"scheme": "w4a16"},
+        }
+    )
+    names = [step.name for step in steps(Stages(recipe))]
+    assert names == ["data", "train", "quantize"]
