@@ -199,7 +199,7 @@ def _recipe(folder: Path, parent: Path) -> Path:
         "store": {"folder": str(folder / "store")},
         "model": {"base": str(parent)},
         "data": {"train": str(folder / "rows.jsonl"), "format": "text", "max_length": TOKENS},
-        "quantize": {"scheme": "w4a16", "calibration_rows": ROWS},
+        "quantize": {"scheme": "w4a16", "calibration_rows": ROWS, "verify_rows": 0},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -8,6 +8,7 @@ llm-compressor's own pipelines, bit by bit.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -189,6 +190,7 @@ class Stream:
         self._skeleton.empty(tensors)
         for number in self._fitted:
             self._states(number, at).path.unlink(missing_ok=True)
+        _give_pages_back()
 
     def _calibrate(self, at: int, number: int, bar: Bar) -> None:
         """Show a modifier what its layer is given, with the hooks of no other."""
@@ -265,3 +267,11 @@ class Stream:
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
+
+
+def _give_pages_back() -> None:
+    """Return freed memory to the system: a small object that lives between the blocks of a layer
+    would keep the C library from doing so, and the next layer may not fit between them."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc alone has it
+        library.malloc_trim(0)
