@@ -14,6 +14,7 @@ from upstream import FakeEngine, Upstream
 from tunesmith.bench import settings
 from tunesmith.bench.page import write_page
 from tunesmith.config import ModelError, UserError
+from tunesmith.config.schema.bench import Settings
 from tunesmith.pipeline import Stages
 
 BENCH = {
@@ -104,8 +105,11 @@ def test_what_the_budget_has_no_time_for_is_said(
 def test_there_must_be_something_to_try_that_starts(
     stages_with: Callable[..., Stages], engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="needs values to try in bench.settings"):
-        settings.run(stages_with())
     monkeypatch.setattr(engine, "refused", ("max_num_seqs=8 ",))
+    stages = stages_with(settings={"max_num_seqs": [16]})
     with pytest.raises(ModelError, match="no kernel for it"):
-        settings.run(stages_with(settings={"max_num_seqs": [16]}))
+        settings.run(stages)
+    assert stages.recipe.bench
+    idle = stages.recipe.bench.model_copy(update={"settings": Settings()})
+    with pytest.raises(UserError, match="needs values to try in bench.settings"):
+        settings.run(Stages(stages.recipe.model_copy(update={"bench": idle}), stages.store))

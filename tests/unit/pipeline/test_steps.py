@@ -14,6 +14,7 @@ def test_a_model_that_is_pre_trained_can_be_quantized(tmp_path: Path) -> None:
         {
             "name": "new",
             "store": {"folder": tmp_path},
+            "model": {},
             "data": {"train": "builtin/stdlib", "format": "text"},
             "train": {
                 "method": "pretrain",
