@@ -121,7 +121,7 @@ def _divergence(loss: Distillation, batches: Sequence[Batch]) -> float:
     """Nats per learnt token."""
     was_training = loss.training
     loss.eval()
-    nats = [
+    nats: list[float] = [
         loss(batch.input_ids_BS, batch.positions_N, batch.targets_N).sum().item()
         for batch in batches
     ]
