@@ -88,9 +88,11 @@ def _approximate(module: Any, lost_OI: Tensor, sizes_I: Tensor | None = None) ->
         directions = min(rank + _MORE_DIRECTIONS, *lost_OI.shape)
         left, strengths, right = torch.svd_lowrank(weighed_OI, directions, _POWER_ITERATIONS)
         root = strengths[:rank].sqrt()
-        into_RI = (right[:, :rank] * root).T
-        module.lora_A[adapter].weight.copy_(into_RI if sizes_I is None else into_RI / sizes_I)
-        module.lora_B[adapter].weight.copy_(left[:, :rank] * root / module.scaling[adapter])
+        found = len(root)  # fewer than the rank where a layer is narrower
+        into_RI = (right[:, :found] * root).T
+        into_RI = into_RI if sizes_I is None else into_RI / sizes_I
+        module.lora_A[adapter].weight[:found] = into_RI
+        module.lora_B[adapter].weight[:, :found] = left[:, :found] * root / module.scaling[adapter]
 
 
 def _input_sizes(loss: Distillation, batches: Sequence[Batch]) -> dict[str, Tensor]:
