@@ -46,7 +46,7 @@ def steps(stages: Stages) -> list[Step]:
     found = []
     if recipe.data:
         found.append(Step("data", ("data", "--rows", "0"), (stages.dataset,)))
-    if recipe.quantize and stages.builds_base and stages.unquantized == stages.base:
+    if recipe.quantize and stages.builds_base and stages.unquantized_name == "base":
         path = Path(stages.builtin_base.path)
         found.append(Step("base", ("train",), (stages.base,), recipe=path))
     made = [stages.quantized(scheme) for scheme in stages.schemes] + stages.fidelities

@@ -143,8 +143,13 @@ class Stages:
     @property
     def unquantized(self) -> Draft:
         """The model that is quantized: the tuned one, unless the training is over what it makes."""
+        return self.tuned if self.unquantized_name == "tuned" else self.base
+
+    @property
+    def unquantized_name(self) -> str:
+        """The name of that model among the variants."""
         train = self.recipe.train
-        return self.tuned if train and not train.over else self.base
+        return "tuned" if train and not train.over else "base"
 
     def quantized(self, scheme: str) -> Draft:
         """One compressed checkpoint."""

@@ -27,5 +27,6 @@ def test_a_model_that_is_pre_trained_can_be_quantized(tmp_path: Path) -> None:
             "quantize": {"scheme": "w4a16"},
         }
     )
-    names = [step.name for step in steps(Stages(recipe))]
-    assert names == ["data", "train", "quantize"]
+    stages = Stages(recipe)
+    assert [step.name for step in steps(stages)] == ["data", "train", "quantize"]
+    assert stages.variants[stages.unquantized_name].id == stages.trained.id

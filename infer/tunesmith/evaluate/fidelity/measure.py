@@ -53,7 +53,7 @@ class Parent:
 @contextlib.contextmanager
 def opened_parent(stages: Stages) -> Iterator[Parent]:
     """The parent of the recipe's checkpoints, asked once for all of them."""
-    name = "base" if stages.unquantized == stages.base else "tuned"
+    name = stages.unquantized_name
     spec = engine_spec(stages, name)
     # On a GPU each engine reserves its share of the memory when it starts.
     half = spec.settings.gpu_memory_utilization / 2
