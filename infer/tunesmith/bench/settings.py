@@ -131,7 +131,8 @@ def _search(turns: Turns, best: Engine) -> dict[str, Any]:
         settings = {value: best.model_copy(update={key: value}) for value in (before, *others)}
         needed_s = turns.needed_s(key, settings)
         if turns.spent_s + needed_s > turns.rig.bench.search_s:
-            skipped = f"about {needed_s:.0f} s more than bench.search_s leaves"
+            left_s = max(0.0, turns.rig.bench.search_s - turns.spent_s)
+            skipped = f"it takes about {needed_s:.0f} s, bench.search_s has {left_s:.0f} s left"
             steps.append({"key": key, "best": before, "tried": [], "skipped": skipped})
             continue
         step = _step(turns, key, settings)
