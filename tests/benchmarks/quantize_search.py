@@ -34,7 +34,10 @@ def main() -> None:
     """Measure, write, and end with 3 when a search differs from trying everything."""
     options = _options()
     with tempfile.TemporaryDirectory() as scratch:
-        found = {str(width): _compare(width, Path(scratch), options) for width in WIDTHS}
+        found = {}
+        for width in options.widths:
+            found[str(width)] = _compare(width, Path(scratch), options)
+            print(width, json.dumps(found[str(width)]), file=sys.stderr, flush=True)
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
@@ -138,6 +141,7 @@ def _with(stages: Stages, scheme: Any, budget: float | None) -> Stages:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="of pre-training each model")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
