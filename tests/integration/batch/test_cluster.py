@@ -20,6 +20,9 @@ from ray_nodes import TwoNodes, two_nodes
 from tunesmith.batch.cluster import connect
 from tunesmith.config import UserError
 
+# Two engines, Ray and the command on half a core of a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 ROWS = 400
 RECIPE = """
 name: bot
@@ -48,9 +51,9 @@ def start(folder: Path, address: str, *overrides: str) -> subprocess.Popen[str]:
 
 
 def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + 240
+    deadline_s = time.monotonic() + 480
     while committed(folder) < rows and process.poll() is None:
-        assert time.monotonic() < deadline_s
+        assert time.monotonic() < deadline_s, f"{committed(folder)} of {rows} rows"
         time.sleep(0.02)
 
 

@@ -66,8 +66,8 @@ def waits(arrivals_s, service_s):
 
 def test_constant_latency(metered, upstream):
     bench = Bench(rounds=1, requests=120, request_rate=60, max_tokens=8)
-    truths_s = {"ttft_ms": [0.25], "tpot_ms": [0.04], "e2e_ms": [0.25 + 7 * 0.04]}
-    assert_within_5_percent(metered, lambda: upstream(ttft_s=0.25, tpot_s=0.04), bench, truths_s)
+    truths_s = {"ttft_ms": [0.6], "tpot_ms": [0.08], "e2e_ms": [0.6 + 7 * 0.08]}
+    assert_within_5_percent(metered, lambda: upstream(ttft_s=0.6, tpot_s=0.08), bench, truths_s)
 
 
 def test_a_queue_before_one_server(metered, upstream):
@@ -81,7 +81,7 @@ def test_a_queue_before_one_server(metered, upstream):
 
 
 def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
-    rate, count, ttft_s, stall = 50.0, 150, 0.2, (0.5, 1.5)
+    rate, count, ttft_s, stall = 50.0, 150, 0.5, (0.5, 1.5)
     true_s = [
         (stall[1] - arrival_s if stall[0] <= arrival_s < stall[1] else 0.0) + ttft_s
         for arrival_s in poisson_arrivals(rate, count, seed=3)
@@ -93,11 +93,11 @@ def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
 
 
 def test_tokens_in_bursts(metered, upstream):
-    """A reader waits for four tokens at a time, and gets them at 40 ms each."""
+    """A reader waits for four tokens at a time, and gets them at 80 ms each."""
     bench = Bench(rounds=1, requests=100, request_rate=60, max_tokens=12)
-    truths_s = {"itl_ms": [0.16], "tpot_ms": [0.04], "ttft_ms": [0.2 + 3 * 0.04]}
+    truths_s = {"itl_ms": [0.32], "tpot_ms": [0.08], "ttft_ms": [0.4 + 3 * 0.08]}
     phase = assert_within_5_percent(
-        metered, lambda: upstream(ttft_s=0.2, tpot_s=0.04, burst=4), bench, truths_s
+        metered, lambda: upstream(ttft_s=0.4, tpot_s=0.08, burst=4), bench, truths_s
     )
     assert phase.samples[0].piece_tokens == (4, 4, 4)
 
