@@ -94,7 +94,7 @@ def test_a_stall_is_felt_by_everyone_who_arrives_in_it(metered, upstream):
 
 def test_tokens_in_bursts(metered, upstream):
     """A reader waits for four tokens at a time, and gets them at 80 ms each."""
-    bench = Bench(rounds=1, requests=100, request_rate=60, max_tokens=12)
+    bench = Bench(rounds=1, requests=150, request_rate=60, max_tokens=12)
     truths_s = {"itl_ms": [0.32], "tpot_ms": [0.08], "ttft_ms": [0.4 + 3 * 0.08]}
     phase = assert_within_5_percent(
         metered, lambda: upstream(ttft_s=0.4, tpot_s=0.08, burst=4), bench, truths_s
