@@ -12,12 +12,12 @@ from rich.text import Text
 from tunesmith.bench.cells import pair, usd
 from tunesmith.bench.measure import Meter
 from tunesmith.bench.results import Run, variant_result
-from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
+from tunesmith.bench.rig import Rig, on_server, open_rig, write_bench, write_json
 from tunesmith.bench.worth import sentence, worth
 from tunesmith.config import ModelError
 from tunesmith.config.schema.bench import Bench
 from tunesmith.engine import EngineSpec, engine_spec
-from tunesmith.ledger import Artifact, Work, describe_environment
+from tunesmith.ledger import Artifact, Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
@@ -135,18 +135,8 @@ def _finish(stages: Stages, mode: str, work: Work, refusals: dict[str, str]) -> 
         for name in stages.benchmarked
     }
     price = stages.recipe.price
-    write_json(
-        work.out / "bench.json",
-        {
-            "schema_version": 2,
-            "mode": mode,
-            "bench": bench_of(stages).model_dump(mode="json"),
-            "price": price.model_dump(mode="json") if price else None,
-            "environment": describe_environment(),
-            "variants": variants,
-        },
-    )
-    work.metrics["mode"] = mode
+    asked = price.model_dump(mode="json") if price else None
+    write_bench(stages, work, mode, price=asked, variants=variants)
     work.metrics["variants"] = {name: entry["figures"] for name, entry in variants.items()}
 
 

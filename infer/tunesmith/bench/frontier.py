@@ -18,12 +18,12 @@ from rich.text import Text
 from tunesmith.bench.cells import frontier_columns, frontier_row
 from tunesmith.bench.choice import choose, verdict
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
-from tunesmith.bench.rig import Rig, bench_of, hour_usd, open_rig, write_json
+from tunesmith.bench.rig import Rig, bench_of, hour_usd, open_rig, write_bench, write_json
 from tunesmith.bench.roofline import weights_bytes
 from tunesmith.bench.turns import one_round, phases, read_json
 from tunesmith.config import GateError, ModelError, UserError
 from tunesmith.engine import EngineSpec, engine_spec
-from tunesmith.ledger import Artifact, Work, describe_environment
+from tunesmith.ledger import Artifact, Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.statistics import compare
@@ -71,15 +71,7 @@ def _measure(stages: Stages, work: Work, rig: Rig) -> None:
         name: refusals.get(name) or _entry(rig, work, name, specs[name])
         for name in stages.benched("frontier")
     }
-    found = {
-        "schema_version": 2,
-        "mode": "frontier",
-        "bench": bench_of(stages).model_dump(mode="json"),
-        "environment": describe_environment(),
-        "variants": variants,
-    }
-    write_json(work.out / "bench.json", found)
-    work.metrics["mode"] = "frontier"
+    write_bench(stages, work, "frontier", variants=variants)
     work.metrics["variants"] = {
         name: {key: value for key, value in entry.items() if key != "samples"}
         for name, entry in variants.items()

@@ -22,7 +22,7 @@ from tunesmith.bench.traffic import Prompt, read_log, read_prompts, synthetic_pr
 from tunesmith.config import DataError, UserError
 from tunesmith.config.schema.bench import Bench
 from tunesmith.engine import EngineServer, EngineSpec
-from tunesmith.ledger import gpu_names
+from tunesmith.ledger import Work, describe_environment, gpu_names
 from tunesmith.pipeline import Stages
 from tunesmith.terminal import log
 
@@ -129,6 +129,18 @@ def hour_usd(stages: Stages) -> float | None:
     """Price of the devices that one engine holds."""
     price = stages.recipe.price
     return None if price is None else price.gpu_hour_usd * _devices(stages)
+
+
+def write_bench(stages: Stages, work: Work, mode: str, **found: Any) -> None:
+    """Leave `bench.json`: what was asked, on what, and what was found."""
+    work.metrics["mode"] = mode
+    head = {
+        "schema_version": 2,
+        "mode": mode,
+        "bench": bench_of(stages).model_dump(mode="json"),
+        "environment": describe_environment(),
+    }
+    write_json(work.out / "bench.json", head | found)
 
 
 def write_json(path: Path, value: Any) -> None:

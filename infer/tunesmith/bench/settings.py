@@ -20,13 +20,13 @@ from rich.text import Text
 from tunesmith.bench.cells import settings_columns, settings_rows
 from tunesmith.bench.compare import Measured, compare, measured
 from tunesmith.bench.results import doubts, phase_figures, samples_of
-from tunesmith.bench.rig import Rig, bench_of, open_rig, write_json
+from tunesmith.bench.rig import Rig, bench_of, open_rig, write_bench, write_json
 from tunesmith.bench.turns import one_round, phases, read_json
 from tunesmith.config import ModelError, UserError
 from tunesmith.config.schema.bench import Settings
 from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineSpec, engine_spec
-from tunesmith.ledger import Work, describe_environment
+from tunesmith.ledger import Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
@@ -48,16 +48,8 @@ def run(stages: Stages) -> dict[str, Any]:
             work = opened.enter_context(stages.store.write(draft, stages.recipe))
             rig = opened.enter_context(open_rig(stages))
             result = _search(Turns(rig, work, name, spec), spec.settings)
-            kept = {
-                "schema_version": 2,
-                "mode": "settings",
-                "bench": bench_of(stages).model_dump(mode="json"),
-                "environment": describe_environment(),
-                "model": name,
-                **result,
-            }
-            write_json(work.out / "bench.json", kept)
-            work.metrics |= {"mode": "settings", "model": name, **_brief(result)}
+            write_bench(stages, work, "settings", model=name, **result)
+            work.metrics |= {"model": name, **_brief(result)}
         found = stages.made(draft)
     metrics = found.manifest.metrics
     return {"id": found.id, **{key: metrics[key] for key in ("model", "steps", "best")}}

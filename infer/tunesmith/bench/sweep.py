@@ -20,12 +20,12 @@ from rich.text import Text
 from tunesmith.bench.cells import pair, usd
 from tunesmith.bench.measure import Meter, Phase
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
-from tunesmith.bench.rig import Rig, bench_of, on_server, open_rig, write_json
+from tunesmith.bench.rig import Rig, on_server, open_rig, write_bench, write_json
 from tunesmith.bench.search import bracket, next_rate
 from tunesmith.bench.worth import sentence, worth
 from tunesmith.config import ModelError
 from tunesmith.engine import EngineSpec, engine_spec
-from tunesmith.ledger import Artifact, Work, describe_environment
+from tunesmith.ledger import Artifact, Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.terminal import log, make_table
@@ -49,18 +49,7 @@ def run(stages: Stages) -> dict[str, Any]:
         refusals = [found["refused"] for found in variants.values() if "refused" in found]
         if len(refusals) == len(variants):
             raise ModelError(f"no model of {stages.path} runs here: {refusals[0]}")
-        write_json(
-            work.out / "bench.json",
-            {
-                "schema_version": 2,
-                "mode": "sweep",
-                "bench": bench_of(stages).model_dump(mode="json"),
-                "environment": describe_environment(),
-                "hour_usd": rig.hour_usd,
-                "variants": variants,
-            },
-        )
-        work.metrics["mode"] = "sweep"
+        write_bench(stages, work, "sweep", hour_usd=rig.hour_usd, variants=variants)
         work.metrics["variants"] = {name: _brief(found) for name, found in variants.items()}
     return _summary(stages, stages.made(draft))
 
