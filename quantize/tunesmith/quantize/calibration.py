@@ -116,11 +116,15 @@ def calibrate_on(
     chat_template: Path | None,
     trust_remote_code: bool,
 ) -> Calibration:
-    """Tokenise and cut rows as training does. Raises DataError when none of them can be used."""
+    """Tokenise and cut rows as training does: of texts, which come in pieces, as many pieces as there
+    are rows. Raises DataError when none of them can be used."""
     if not any("messages" in row for row in rows):
         ids = _token_ids((row["text"] for row in rows), parent, trust_remote_code)
         chunks = [ids[at : at + data.max_length] for at in range(0, len(ids), data.max_length)]
-        return Calibration(chunks, len(rows), cut=0, rejected=0)
+        # A document may be as long as a thousand conversations.
+        count = min(len(rows), len(chunks))
+        evenly = [chunks[at * len(chunks) // count] for at in range(count)]
+        return Calibration(evenly, len(rows), cut=0, rejected=0)
     template = ChatTemplate.load(parent, chat_template, trust_remote_code=trust_remote_code)
     sequences, cut, faults = [], 0, []
     for row in rows:

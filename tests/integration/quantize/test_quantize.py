@@ -173,6 +173,15 @@ def test_rows_that_the_template_refuses_are_counted_and_never_all_of_them(
         calibrate(rows, llama, max_length=4)
 
 
+def test_of_documents_as_many_pieces_as_rows_are_used_from_all_over_them(llama: Path) -> None:
+    rows = [{"id": str(at), "text": f"What is {at} plus {at}? " * 200} for at in range(4)]
+    found = calibrate(rows, llama, format="text", max_length=32)
+    assert [*map(len, found.input_ids)] == [32] * 4 and found.rows == 4
+    assert len({tuple(ids) for ids in found.input_ids}) == 4
+    short = calibrate([{"id": "0", "text": "What is 1 plus 1?"}] * 3, llama, format="text")
+    assert len(short.input_ids) == 1
+
+
 def test_another_text_has_the_lengths_of_the_own_rows(
     tmp_path: Path, llama: Path, stages_of: Callable[..., Stages]
 ) -> None:

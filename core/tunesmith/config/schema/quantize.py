@@ -103,7 +103,8 @@ class Quantize(Section):
 
     calibration_rows: Positive = 128
     """Training rows used to calibrate, rendered with the recipe's own template: of every source and
-    every length their share, chosen by `seed`."""
+    every length their share, chosen by `seed`. Of documents, as many pieces of
+    `data.max_length` tokens."""
 
     calibration_tokens: Positive | None = None
     """Fewer of them, so that they have no more tokens than this."""
