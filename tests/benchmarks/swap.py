@@ -1,4 +1,5 @@
-"""An adapter and then a whole model replaced on a real engine that is being asked all the time.
+"""An adapter and then a whole model replaced on a real engine that is being asked all the time, and
+a server stopped while it streams.
 
 python tests/benchmarks/swap.py --out docs/measured/swap-cpu.json
 
@@ -37,6 +38,7 @@ from tunesmith.config.load import dump_recipe  # noqa: E402
 from tunesmith.pipeline import Stages  # noqa: E402
 
 TOKENS = 12
+STREAMS, STREAM_TOKENS, MOST_UNREADY_MS = 20, 400, 100
 PROMPTS = [f"{at} plus {at} is" for at in range(10)]
 ENGINE = {"max_num_seqs": 16, "kv_cache_gib": 0.1}
 
@@ -54,7 +56,7 @@ class Answer:
 def main() -> None:
     """Swap, count, and end with 3 when an answer was lost, cut, mixed or wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--swaps", nargs="*", default=["adapter", "model"])
+    parser.add_argument("--swaps", nargs="*", default=["adapter", "model", "stop"])
     parser.add_argument("--requests", type=int, default=1000, help="of each swap")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--out", type=Path)
@@ -68,6 +70,7 @@ def main() -> None:
             found["adapter"] = _swap_adapter(scratch, base, adapters, options)
         if "model" in options.swaps:
             found["model"] = _swap_model(scratch, base, options)
+        stopped = _stop(scratch, base) if "stop" in options.swaps else None
     faults = [
         f"{name}: {what}: {one[what]}"
         for name, one in found.items()
@@ -77,6 +80,9 @@ def main() -> None:
     if "adapter" in found and found["adapter"]["retired_status"] != 404:
         faults.append("a retired adapter answered")
     faults += [f"{name}: one version" for name, one in found.items() if len(one["answers"]) != 2]
+    if stopped:
+        faults += stopped["faults"]
+        found["stop"] = stopped
     finish(options.out, describe(parser, found), faults)
 
 
@@ -131,6 +137,50 @@ def _swap_model(scratch: Path, base: Path, options: argparse.Namespace) -> dict[
     return _summary(answers, [*before, *after], swap_s) | {"wrong": []}
 
 
+def _stop(scratch: Path, base: Path) -> dict[str, Any]:
+    """SIGTERM with streams open: how soon load balancers are told, and whether the streams end."""
+    port = free_port()
+    stages = make_stages(
+        scratch / "stop", base, serve={"port": port, "model": "base"},
+        engine=ENGINE | {"max_num_seqs": STREAMS, "kv_cache_gib": 0.5},
+    )  # fmt: skip
+    with _serving(_write(stages, scratch / "stop"), port) as process:
+        return asyncio.run(_stop_while_streaming(process, port))
+
+
+async def _stop_while_streaming(process: subprocess.Popen[bytes], port: int) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session:
+        streams = [
+            asyncio.create_task(_ask(session, port, f"{at} is", stream=True, tokens=STREAM_TOKENS))
+            for at in range(STREAMS)
+        ]
+        await asyncio.sleep(0.5)
+        is_open = sum(not stream.done() for stream in streams)
+        process.send_signal(signal.SIGTERM)
+        stopped_s = time.monotonic()
+        ready = f"http://127.0.0.1:{port}/readyz"
+        while await _status_of(session, ready) != 503:
+            await asyncio.sleep(0.002)
+        unready_ms = 1000 * (time.monotonic() - stopped_s)
+        answers = await asyncio.gather(*streams)
+    faults = [f"stop: a stream: {one.fault}" for one in answers if one.fault]
+    if unready_ms > MOST_UNREADY_MS:
+        faults.append(f"stop: not ready told after {unready_ms:.0f} ms")
+    if is_open < STREAMS:
+        faults.append(f"stop: only {is_open} streams were open")
+    return {
+        "streams": is_open,
+        "complete": sum(one.fault is None for one in answers),
+        "unready_ms": round(unready_ms, 1),
+        "faults": faults,
+    }
+
+
+async def _status_of(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.get(url) as response:
+        return response.status
+
+
 def _summary(answers: list[Answer], reference: list[Answer], swap_s: float) -> dict[str, Any]:
     """Counts; `mixed` are answers that are not, whole, what one version says."""
     known = {(one.models[0], one.prompt): one.text for one in reference}
@@ -181,8 +231,10 @@ async def _answers(port: int) -> list[Answer]:
         return [await _ask(session, port, prompt, stream=False) for prompt in PROMPTS]
 
 
-async def _ask(session: aiohttp.ClientSession, port: int, prompt: str, *, stream: bool) -> Answer:
-    body = {"model": "test", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+async def _ask(
+    session: aiohttp.ClientSession, port: int, prompt: str, *, stream: bool, tokens: int = TOKENS
+) -> Answer:
+    body = {"model": "test", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": stream}
     url = f"http://127.0.0.1:{port}/v1/completions"
     try:
@@ -194,7 +246,7 @@ async def _ask(session: aiohttp.ClientSession, port: int, prompt: str, *, stream
         return Answer(prompt, fault=type(error).__name__)
     if not stream:
         found = json.loads(text)
-        if found["usage"]["completion_tokens"] != TOKENS:
+        if found["usage"]["completion_tokens"] != tokens:
             return Answer(prompt, fault="cut")
         return Answer(prompt, (found["model"],), found["choices"][0]["text"])
     *events, last = [line[6:] for line in text.split("\n\n") if line]
@@ -253,7 +305,7 @@ def _swap(store: Path, target: str) -> None:
 
 
 @contextmanager
-def _serving(recipe: Path, port: int) -> Iterator[None]:
+def _serving(recipe: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`tunesmith serve` with a real engine."""
     log = (recipe.parent / "serve.log").open("wb")
     process = subprocess.Popen(
@@ -262,7 +314,7 @@ def _serving(recipe: Path, port: int) -> Iterator[None]:
     )  # fmt: skip
     try:
         asyncio.run(_until_ready(port, process))
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
