@@ -11,8 +11,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from tunesmith.bench.client import open_session
@@ -21,6 +23,7 @@ from tunesmith.bench.measure import Instruments, Meter, Target, open_meter
 from tunesmith.bench.traffic import Prompt
 from tunesmith.config import ModelError
 from tunesmith.config.schema.bench import Bench
+from tunesmith.pipeline import Stages
 
 INPUT_TOKENS = 20
 COUNTERS = (
@@ -212,6 +215,25 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
+
+
+def interrupted(
+    command: ModuleType, stages: Stages, monkeypatch: pytest.MonkeyPatch, *, rounds: int
+) -> list[str]:
+    """Press Ctrl-C once a benchmark has begun so many rounds; returns the models of those."""
+    begun: list[str] = []
+    measure = command.one_round
+
+    def stopping(rig: Any, name: str, *rest: Any) -> Any:
+        if len(begun) == rounds:
+            raise KeyboardInterrupt
+        begun.append(name)
+        return measure(rig, name, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "one_round", stopping)
+        command.run(stages)
+    return begun
 
 
 def serve_forever(upstream: Upstream, pipe: Any) -> None:

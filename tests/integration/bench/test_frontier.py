@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from upstream import FakeEngine, Upstream
+from upstream import FakeEngine, Upstream, interrupted
 
 from tunesmith.bench import frontier
 from tunesmith.bench.choice import cheapest, choose, verdict
@@ -72,20 +72,7 @@ def test_models_take_turns_and_one_is_chosen(
     monkeypatch.setattr(engine, "upstream", Upstream(ttft_s=0.06, tpot_s=0.01))
     monkeypatch.setattr(engine, "refused", (ids["w4a16"],))
     monkeypatch.setattr(engine, "slower", {ids["tuned"]: 1.6})
-    measure = frontier.one_round
-    measured: list[str] = []
-
-    def stopping(rig: Any, name: str, *rest: Any) -> Any:
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        measured.append(name)
-        return measure(rig, name, *rest)
-
-    monkeypatch.setattr(frontier, "one_round", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        frontier.run(stages)
-    assert measured == list(LOSS)
-    monkeypatch.setattr(frontier, "one_round", measure)
+    assert interrupted(frontier, stages, monkeypatch, rounds=3) == list(LOSS)
     result = frontier.run(stages)
     assert len(engine.order) == 4, "two models, twice; what was measured is kept"
     assert engine.order[:2] == engine.order[2:], "in turns"

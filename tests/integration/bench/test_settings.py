@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from upstream import FakeEngine, Upstream
+from upstream import FakeEngine, Upstream, interrupted
 
 from tunesmith.bench import settings
 from tunesmith.bench.page import write_page
@@ -47,19 +46,7 @@ def test_what_matters_is_found_and_taken(
     monkeypatch.setattr(engine, "slower", {"max_num_seqs=8 ": 1.6})
     monkeypatch.setattr(engine, "refused", ("kv_cache_dtype='fp8'",))
     stages = stages_with(settings={"max_num_seqs": [8, 32], "kv_cache_dtype": ["fp8"]})
-    measure = settings.one_round
-    begun: list[str] = []
-
-    def stopping(rig: Any, name: str, *rest: Any) -> Any:
-        if len(begun) == 5:
-            raise KeyboardInterrupt
-        begun.append(name)
-        return measure(rig, name, *rest)
-
-    monkeypatch.setattr(settings, "one_round", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        settings.run(stages)
-    monkeypatch.setattr(settings, "one_round", measure)
+    interrupted(settings, stages, monkeypatch, rounds=5)
     result = settings.run(stages)
     # One key with two values, and one whose other value never starts, in three rounds.
     assert engine.starts == 2 * 3 + 3, "what was measured is kept"
