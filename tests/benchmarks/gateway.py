@@ -3,7 +3,8 @@
 python tests/benchmarks/gateway.py --out docs/measured/gateway-cpu.json
 
 Upstream, gateway and client are processes of their own; direct and through the gateway take turns.
-With `--litellm PYTHON` (an interpreter that has `litellm[proxy]`) that proxy stands beside it.
+With `--litellm PYTHON` (an interpreter that has `litellm[proxy]`) that proxy stands beside it; with
+`--engine FOLDER` (a chat model) the same is done before the real engine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from aiohttp import web
 from mocked import free_port, run_gateway
 from provenance import commit, machine
 
+from tunesmith.config.schema.engine import Engine
 from tunesmith.config.schema.serve import Serve
+from tunesmith.engine import EngineServer, EngineSpec
 from tunesmith.serve.govern.database import open_gateway
 from tunesmith.serve.govern.keys import create_key, set_group
 from tunesmith.serve.govern.limits import Limits
@@ -45,8 +48,11 @@ BOUNDS = {
     "throughput_ratio": 0.95,
     "added_ttft_ms": 2.5,
     "against_litellm": 4.0,
+    "before_engine_ratio": 0.85,
 }
-BODY = {
+LEAST = ("throughput_ratio", "against_litellm", "before_engine_ratio")
+Place = dict[str, Any]
+BODY: dict[str, Any] = {
     "model": "bot",
     "messages": [{"role": "user", "content": "Say what this function does. " * 8}],
     "max_tokens": 16,
@@ -63,6 +69,7 @@ def main() -> None:
         }
         streams = _compare_streams(places, options)
         peer = _compare_litellm(places, options) if options.litellm else None
+    engine = _compare_engine(options) if options.engine else None
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
@@ -72,6 +79,7 @@ def main() -> None:
         "whole": found,
         "streams": streams,
         "litellm": peer,
+        "engine": engine,
     }
     report["missed"] = _missed(report)
     text = json.dumps(report, indent=1) + "\n"
@@ -135,22 +143,36 @@ def _compare_litellm(places: dict[str, Any], options: argparse.Namespace) -> dic
     return {"against_litellm": round(statistics.median(ratios), 2), "rounds": rounds}
 
 
+def _compare_engine(options: argparse.Namespace) -> dict[str, Any]:
+    """The gateway before vLLM, sixteen clients that want 64 tokens each."""
+    body = {"max_tokens": 64, "temperature": 0, "ignore_eos": True}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        settings = Engine(max_num_seqs=16, max_model_len=512, kv_cache_gib=0.5)
+        spec = EngineSpec(options.engine.absolute(), settings, "bfloat16", "bot")
+        port = free_port()
+        with (
+            EngineServer(spec, port=port, log_path=scratch / "engine.log"),
+            _gateway(scratch, port) as gateway,
+        ):
+            direct = {"url": f"http://127.0.0.1:{port}/v1", "key": ""}
+            places = {"direct": direct | {"body": body}, "gateway": gateway | {"body": body}}
+            found = _compare(places, 16, options)
+    return {"before_engine_ratio": found.pop("throughput_ratio"), "whole": found}
+
+
 def _missed(report: dict[str, Any]) -> list[str]:
     parts = {**report["whole"], "streams": report["streams"], "litellm": report["litellm"] or {}}
+    parts["engine"] = report["engine"] or {}
     return [
         f"{name}: {figure} {part[figure]} against {bound}"
         for name, part in parts.items()
         for figure, bound in BOUNDS.items()
-        if figure in part
-        and (
-            part[figure] < bound
-            if figure in ("throughput_ratio", "against_litellm")
-            else part[figure] > bound
-        )
+        if figure in part and (part[figure] < bound if figure in LEAST else part[figure] > bound)
     ]
 
 
-def _load(place: dict[str, str], concurrency: int, requests: int) -> dict[str, float]:
+def _load(place: Place, concurrency: int, requests: int) -> dict[str, float]:
     """A closed loop of whole answers."""
 
     async def play() -> dict[str, float]:
@@ -173,13 +195,14 @@ def _load(place: dict[str, str], concurrency: int, requests: int) -> dict[str, f
     return asyncio.run(play())
 
 
-async def _one(client: aiohttp.ClientSession, place: dict[str, str]) -> None:
-    async with client.post(f"{place['url']}/chat/completions", json=BODY) as response:
+async def _one(client: aiohttp.ClientSession, place: Place) -> None:
+    body = BODY | place.get("body", {})
+    async with client.post(f"{place['url']}/chat/completions", json=body) as response:
         assert response.status == 200, await response.text()
         await response.read()
 
 
-def _streams(place: dict[str, str], _concurrency: int, requests: int) -> dict[str, float]:
+def _streams(place: Place, _concurrency: int, requests: int) -> dict[str, float]:
     """Time to the first piece."""
 
     async def play() -> dict[str, float]:
@@ -198,12 +221,12 @@ def _streams(place: dict[str, str], _concurrency: int, requests: int) -> dict[st
     return asyncio.run(play())
 
 
-def _session(place: dict[str, str]) -> aiohttp.ClientSession:
+def _session(place: Place) -> aiohttp.ClientSession:
     headers = {"Authorization": f"Bearer {place['key']}"}
     return aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
 
 
-def _in_process(work: Any, place: dict[str, str], concurrency: int, requests: int) -> Any:
+def _in_process(work: Any, place: Place, concurrency: int, requests: int) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, (place, concurrency, requests))
 
@@ -211,39 +234,44 @@ def _in_process(work: Any, place: dict[str, str], concurrency: int, requests: in
 @contextmanager
 def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Where the upstream, the gateway and the peer answer."""
+    behind, beside = free_port(), free_port()
     context = multiprocessing.get_context("spawn")
-    ports = [free_port() for _ in range(3)]
+    upstream = context.Process(target=_upstream, args=(behind,), daemon=True)
+    upstream.start()
+    places = {"direct": {"url": f"http://127.0.0.1:{behind}/v1", "key": ""}}
+    peer = None
+    if options.litellm:
+        peer = _litellm(options.litellm, beside, behind, scratch)
+        places["litellm"] = {"url": f"http://127.0.0.1:{beside}/v1", "key": "sk-bench"}
+    try:
+        for place in places.values():
+            _wait(place)
+        with _gateway(scratch, behind) as gateway:
+            yield places | {"gateway": gateway}
+    finally:
+        upstream.terminate()
+        if peer:
+            peer.terminate()
+
+
+@contextmanager
+def _gateway(scratch: Path, behind: int) -> Iterator[Place]:
+    """One that governs all it can before what answers on a port."""
+    port = free_port()
     database = open_gateway(scratch)
     set_group(database, "lab", Limits(tokens_per_day=10**12))
     limits = Limits(10**9, 10**12, 10_000, 10**12, 1e9)
     _, key = create_key(database, "bench", group="lab", limits=limits)
-    workers = [
-        context.Process(target=_upstream, args=(ports[0],), daemon=True),
-        context.Process(
-            target=run_gateway,
-            args=(ports[1], ports[0], str(scratch), Serve(keys=True)),
-            daemon=True,
-        ),
-    ]
-    for worker in workers:
-        worker.start()
-    places = {
-        "direct": {"url": f"http://127.0.0.1:{ports[0]}/v1", "key": ""},
-        "gateway": {"url": f"http://127.0.0.1:{ports[1]}/v1", "key": key},
-    }
-    peer = None
-    if options.litellm:
-        peer = _litellm(options.litellm, ports[2], ports[0], scratch)
-        places["litellm"] = {"url": f"http://127.0.0.1:{ports[2]}/v1", "key": "sk-bench"}
+    worker = multiprocessing.get_context("spawn").Process(
+        target=run_gateway, args=(port, behind, str(scratch), Serve(keys=True)), daemon=True
+    )
+    worker.start()
+    place = {"url": f"http://127.0.0.1:{port}/v1", "key": key}
     try:
-        for place in places.values():
-            _wait(place)
-        yield places
+        _wait(place)
+        yield place
     finally:
-        for worker in workers:
-            worker.terminate()
-        if peer:
-            peer.terminate()
+        worker.terminate()
 
 
 def _upstream(port: int) -> None:
@@ -293,7 +321,7 @@ def _litellm(python: Path, port: int, upstream: int, scratch: Path) -> subproces
     )
 
 
-def _wait(place: dict[str, str]) -> None:
+def _wait(place: Place) -> None:
     deadline_s = time.monotonic() + 120
     request = urllib.request.Request(
         f"{place['url']}/models", headers={"Authorization": f"Bearer {place['key']}"}
@@ -314,6 +342,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=100, help="of each client and round")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--litellm", type=Path, help="a Python that has litellm[proxy]")
+    parser.add_argument("--engine", type=Path, help="a chat model for the real engine")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
