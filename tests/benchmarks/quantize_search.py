@@ -26,8 +26,9 @@ from tunesmith.quantize.command import run
 
 WIDTHS = (128, 256, 384)
 CANDIDATES = ("w4a16", "w8a8-int8")
-BUDGETS = (0.01, 0.001)
-"""Largest increases of the loss."""
+BUDGET, STRICT_SHARE = 0.01, 0.9
+"""Largest increase of the loss; and one that the smallest candidate does not keep, as a share of
+the upper bound of what that costs."""
 
 
 def main() -> None:
@@ -66,9 +67,11 @@ def _compare(width: int, scratch: Path, options: argparse.Namespace) -> dict[str
         }
         for name, entry in summary_of(everything).items()
     }
+    smallest = min(measured.values(), key=lambda entry: entry["bytes"])
+    strict = max(0.0, STRICT_SHARE * smallest["loss_increase"]["high"])
     return {
         "candidates": measured,
-        "budgets": [_search(trained, measured, budget) for budget in BUDGETS],
+        "budgets": [_search(trained, measured, budget) for budget in (BUDGET, strict)],
     }
 
 
