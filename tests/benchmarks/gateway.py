@@ -64,7 +64,7 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as scratch, _processes(Path(scratch), options) as places:
         found = {
-            f"c={concurrency}": _compare(places, concurrency, options)
+            f"c={concurrency}": _compare(places, concurrency, options.rounds, options.requests)
             for concurrency in options.concurrency
         }
         streams = _compare_streams(places, options)
@@ -90,15 +90,15 @@ def main() -> None:
 
 
 def _compare(
-    places: dict[str, Any], concurrency: int, options: argparse.Namespace
+    places: dict[str, Any], concurrency: int, count: int, requests: int
 ) -> dict[str, Any]:
     """Latency and throughput, direct and through the gateway, in turns; medians over rounds."""
     rounds = [
         {
-            name: _in_process(_load, places[name], concurrency, options.requests * concurrency)
+            name: _in_process(_load, places[name], concurrency, requests * concurrency)
             for name in ("direct", "gateway")
         }
-        for _ in range(options.rounds)
+        for _ in range(count)
     ]
 
     def median(figure: str, name: str) -> float:
@@ -157,7 +157,7 @@ def _compare_engine(options: argparse.Namespace) -> dict[str, Any]:
         ):
             direct = {"url": f"http://127.0.0.1:{port}/v1", "key": ""}
             places = {"direct": direct | {"body": body}, "gateway": gateway | {"body": body}}
-            found = _compare(places, 16, options)
+            found = _compare(places, 16, options.rounds, options.requests // 4)
     return {"before_engine_ratio": found.pop("throughput_ratio"), "whole": found}
 
 
