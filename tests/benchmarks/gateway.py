@@ -89,9 +89,7 @@ def main() -> None:
     sys.exit(3 if report["missed"] else 0)
 
 
-def _compare(
-    places: dict[str, Any], concurrency: int, count: int, requests: int
-) -> dict[str, Any]:
+def _compare(places: dict[str, Any], concurrency: int, count: int, requests: int) -> dict[str, Any]:
     """Latency and throughput, direct and through the gateway, in turns; medians over rounds."""
     rounds = [
         {
