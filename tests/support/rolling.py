@@ -108,6 +108,9 @@ async def play(
         ended_s = time.monotonic()
         load.is_over = True
         await asyncio.gather(*workers)
+        # A route is moved first and the move recorded after it.
+        while not rollouts.running("bot") and _last(served.database).state == "running":
+            await asyncio.sleep(0.02)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -153,7 +153,7 @@ class Journal:
             with self._engine.begin() as db:
                 _spend(db, charges)
                 if entries:
-                    db.execute(requests.insert(), [asdict(entry) for entry in entries])
+                    db.execute(requests.insert(), [vars(entry) for entry in entries])
         except DBAPIError as error:
             self.dropped += len(entries)
             self._keep(charges)
