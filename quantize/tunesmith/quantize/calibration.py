@@ -116,8 +116,8 @@ def calibrate_on(
     chat_template: Path | None,
     trust_remote_code: bool,
 ) -> Calibration:
-    """Tokenise and cut rows as training does: of texts, which come in pieces, as many pieces as there
-    are rows. Raises DataError when none of them can be used."""
+    """Tokenise and cut rows as training does; of texts as many pieces as there are rows. Raises
+    DataError when none of them can be used."""
     if not any("messages" in row for row in rows):
         ids = _token_ids((row["text"] for row in rows), parent, trust_remote_code)
         chunks = [ids[at : at + data.max_length] for at in range(0, len(ids), data.max_length)]
