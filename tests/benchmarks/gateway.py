@@ -2,7 +2,8 @@
 
 python tests/benchmarks/gateway.py --out docs/measured/gateway-cpu.json
 
-Upstream, gateway and client are processes of their own; direct and through the gateway take turns.
+Upstream, gateway and client are processes of their own; direct and through the gateway take turns,
+and through a bare pass-through of the same HTTP library, which is as fast as one can be with it.
 With `--litellm PYTHON` (an interpreter that has `litellm[proxy]`) that proxy stands beside it; with
 `--engine FOLDER` (a chat model) the same is done before the real engine.
 """
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,11 @@ def main() -> None:
 
 def _compare(places: dict[str, Any], concurrency: int, count: int, requests: int) -> dict[str, Any]:
     """Latency and throughput, direct and through the gateway, in turns; medians over rounds."""
-    rounds = [
+    names = [name for name in ("direct", "bare", "gateway") if name in places]
+    rounds: list[dict[str, dict[str, float]]] = [
         {
             name: _in_process(_load, places[name], concurrency, requests * concurrency)
-            for name in ("direct", "gateway")
+            for name in names
         }
         for _ in range(count)
     ]
@@ -102,13 +104,19 @@ def _compare(places: dict[str, Any], concurrency: int, count: int, requests: int
     def median(figure: str, name: str) -> float:
         return float(statistics.median(one[name][figure] for one in rounds))
 
-    ratios = [one["gateway"]["per_s"] / one["direct"]["per_s"] for one in rounds]
+    def ratio(name: str) -> float:
+        found = statistics.median(one[name]["per_s"] / one["direct"]["per_s"] for one in rounds)
+        return round(found, 4)
+
     return {
-        "direct": {figure: median(figure, "direct") for figure in ("p50_ms", "p99_ms", "per_s")},
-        "gateway": {figure: median(figure, "gateway") for figure in ("p50_ms", "p99_ms", "per_s")},
+        **{
+            name: {figure: median(figure, name) for figure in ("p50_ms", "p99_ms", "per_s")}
+            for name in names
+        },
+        **({"bare_throughput_ratio": ratio("bare")} if "bare" in names else {}),
         "added_p50_ms": round(median("p50_ms", "gateway") - median("p50_ms", "direct"), 3),
         "added_p99_ms": round(median("p99_ms", "gateway") - median("p99_ms", "direct"), 3),
-        "throughput_ratio": round(statistics.median(ratios), 4),
+        "throughput_ratio": ratio("gateway"),
         "rounds": rounds,
     }
 
@@ -232,11 +240,18 @@ def _in_process(work: Any, place: Place, concurrency: int, requests: int) -> Any
 @contextmanager
 def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Where the upstream, the gateway and the peer answer."""
-    behind, beside = free_port(), free_port()
+    behind, bare, beside = free_port(), free_port(), free_port()
     context = multiprocessing.get_context("spawn")
-    upstream = context.Process(target=_upstream, args=(behind,), daemon=True)
-    upstream.start()
-    places = {"direct": {"url": f"http://127.0.0.1:{behind}/v1", "key": ""}}
+    workers = [
+        context.Process(target=_upstream, args=(behind,), daemon=True),
+        context.Process(target=_pass_through, args=(bare, behind), daemon=True),
+    ]
+    for worker in workers:
+        worker.start()
+    places = {
+        "direct": {"url": f"http://127.0.0.1:{behind}/v1", "key": ""},
+        "bare": {"url": f"http://127.0.0.1:{bare}/v1", "key": ""},
+    }
     peer = None
     if options.litellm:
         peer = _litellm(options.litellm, beside, behind, scratch)
@@ -247,7 +262,8 @@ def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str,
         with _gateway(scratch, behind) as gateway:
             yield places | {"gateway": gateway}
     finally:
-        upstream.terminate()
+        for worker in workers:
+            worker.terminate()
         if peer:
             peer.terminate()
 
@@ -300,6 +316,28 @@ def _upstream(port: int) -> None:
     app = web.Application()
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", answer)
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+
+
+def _pass_through(port: int, behind: int) -> None:
+    """Whole bodies there and back, unseen."""
+
+    async def client(app: web.Application) -> AsyncIterator[None]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as app[session]:
+            yield
+
+    async def hand_on(request: web.Request) -> web.Response:
+        headers = {"Content-Type": "application/json"}
+        url = f"http://127.0.0.1:{behind}{request.path}"
+        async with request.app[session].request(
+            request.method, url, data=await request.read(), headers=headers
+        ) as answer:
+            return web.Response(body=await answer.read(), headers=headers)
+
+    session = web.AppKey("session", aiohttp.ClientSession)
+    app = web.Application()
+    app.cleanup_ctx.append(client)
+    app.router.add_route("*", "/v1/{path:.+}", hand_on)
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 

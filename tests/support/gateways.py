@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -41,9 +42,15 @@ class Served:
     database: Engine
     folder: Path
 
+    def settle(self) -> None:
+        """Wait until all that has ended is in the log."""
+        self.governance.note()
+        while self.journal.is_behind:
+            time.sleep(0.005)
+
     def lines(self) -> list[dict[str, Any]]:
-        """The request log; what is in the journal's hands is written first."""
-        self.journal._flush()
+        """The request log."""
+        self.settle()
         names = [column.name for column in requests.columns]
         found: list[dict[str, Any]] = read_log(self.database, self.folder, names).to_pylist()
         return found

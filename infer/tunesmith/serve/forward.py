@@ -103,7 +103,7 @@ async def _begin(
             answer = await client.request(
                 request.method,
                 f"{upstream.place.url}/{visit.path}",
-                params=request.query,
+                params=request.query or None,
                 data=visit.ask.sent(upstream.model, to_vllm=upstream.is_vllm),
                 headers={**headers, **upstream.headers, "X-Request-Id": visit.request_id},
             )

@@ -34,6 +34,7 @@ _MIB = 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _RELOAD_INTERVAL_S = 0.5
 _VISIT = web.RequestKey("visit", Visit)
+_UNREAD = Ask(b"")
 
 
 class Gateway:
@@ -85,7 +86,9 @@ class Gateway:
         add_page(app, self._live, caller=self._caller, asks_key=asks_key, server=self._state)
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
-        app.cleanup_ctx.extend((self._session, self._shadows.ending, self._fresh_keys))
+        app.cleanup_ctx.extend(
+            (self._noting, self._session, self._shadows.ending, self._fresh_keys)
+        )
         return app
 
     async def drain(self, timeout_s: float) -> bool:
@@ -95,12 +98,19 @@ class Gateway:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         return self._idle.is_set()
 
+    async def _noting(self, _app: web.Application) -> AsyncIterator[None]:
+        """Leave nothing that has ended out of the log."""
+        yield
+        self.governance.note()
+
     async def _session(self, _app: web.Application) -> AsyncIterator[None]:
         # Answers take as long as they take; the engine itself is watched by its process.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(
             connector=connector,
+            # What an upstream sets for one client must not go with the requests of another.
+            cookie_jar=aiohttp.DummyCookieJar(),
             timeout=timeout,
             auto_decompress=False,
             headers={"Accept-Encoding": "identity"},
@@ -163,6 +173,7 @@ class Gateway:
         """For Prometheus, which can be given a key to send."""
         self._caller(request)
         table = self._tables.table
+        self.governance.note()
         is_ready = not self._is_draining and all(map(table.is_ready, table.routes.values()))
         text = self.governance.metrics.text(
             open_requests=self._open, is_ready=is_ready, upstreams=table.upstreams.values()
@@ -184,9 +195,9 @@ class Gateway:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         """Pass one request to an upstream and its answer back, piece by piece as it comes."""
-        given = request.headers.get("X-Request-Id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        visit = Visit(request_id, request.method, request.match_info["path"], None, Ask(b""))
+        given = request.headers.get("X-Request-Id")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        visit = Visit(request_id, request.method, request.match_info["path"], None, _UNREAD)
         visit.arm = self._tables.table.sole
         request[_VISIT] = visit
         with self.governance.visit(visit):

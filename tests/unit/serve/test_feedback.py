@@ -123,7 +123,7 @@ def test_from_the_buttons_to_a_data_set(tmp_path: Path) -> None:
         await say(client, id=await ask(client, "held out"), score=1)
         await say(client, id=await ask(client, "cut", end="length"), score=1)
         await say(client, id=await ask(client, "one"), score=0)
-        served.journal._flush()
+        served.settle()
         archive(served.database, served.folder, 3)  # the first lines are in a file now
         await say(client, id=good, comment="said later")
 

@@ -37,6 +37,33 @@ def test_tokens_per_minute_count_what_was_used_and_not_what_was_reserved() -> No
     assert never and never.retry_after_s is None
 
 
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(0, 90)), max_size=40))
+def test_a_minute_counts_what_began_in_it_however_late_it_is_settled(
+    calls: list[tuple[int, int, int]],
+) -> None:
+    """Each call comes some seconds after the one before, reserves, and settles half of it later."""
+    meter = Meter(Limits(tokens_per_minute=100))
+    running, counted, now_s = [], [], NOON_S
+    for pause_s, tokens, takes_s in calls:
+        now_s += pause_s
+        for due_s, at, held in [one for one in running if one[0] <= now_s]:
+            meter.settle(held, Use(held.need.tokens // 2), now_s)
+            counted[at] = (counted[at][0], held.need.tokens // 2)
+            running.remove((due_s, at, held))
+        used = sum(tokens for at_s, tokens in counted if at_s > now_s - 60)
+        assert (meter.refusal(Use(tokens), now_s) is None) == (used + tokens <= 100)
+        running.append((now_s + takes_s, len(counted), meter.reserve(Use(tokens), now_s)))
+        counted.append((now_s, tokens))
+    assert len(meter._minute._seconds) <= 60 + len(calls)
+
+
+def test_a_key_without_limits_takes_no_memory_by_the_second() -> None:
+    meter = Meter(Limits())
+    for second in range(1_000):
+        meter.settle(meter.reserve(Use(1), NOON_S + second), Use(1), NOON_S + second)
+    assert len(meter._minute._seconds) <= 60
+
+
 def test_a_day_ends_at_midnight_and_what_is_open_stays_reserved() -> None:
     meter = Meter(Limits(tokens_per_day=100))
     first = meter.reserve(Use(60), NOON_S)

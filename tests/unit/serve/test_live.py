@@ -45,9 +45,10 @@ async def test_a_key_sees_its_own_requests_and_the_operators_key_all() -> None:
 
     async with before(
         upstream, upstream.answer, keys=True, api_key="operator", prepare=prepare
-    ) as (_, client):
+    ) as (served, client):
 
         async def state(key: str) -> dict[str, Any]:
+            served.settle()
             headers = {"Authorization": f"Bearer {key}"}
             async with client.get("/ui/state", headers=headers) as response:
                 assert response.status == 200 and response.headers["Cache-Control"] == "no-store"

@@ -33,7 +33,7 @@ def check_path(path: str) -> None:
 async def read_body(request: web.Request, timeout_s: float) -> bytes:
     """The body. Raises ApiError when it does not come in time or breaks off."""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(None if request.content.is_eof() else timeout_s):
             return await request.read()
     except TimeoutError as error:
         request.protocol.keep_alive(False)

@@ -42,6 +42,7 @@ class Governor:
         self._recovered, self._recovered_day = spent, day
         self._longest_wait_s = longest_wait_s
         self._settled = asyncio.Event()
+        self._waiting = 0
 
     def meter(self, subject: Subject, limits: Limits) -> Meter:
         """The meter of a subject, under the limits that it has now."""
@@ -70,14 +71,18 @@ class Governor:
             if left_s <= 0 or not all(found.is_reserved for found in refused.values()):
                 final = [item for item in refused.items() if not item[1].is_reserved]
                 raise RefusedError(*(final or list(refused.items()))[0])
+            self._waiting += 1
             try:
                 await asyncio.wait_for(self._settled.wait(), left_s)
             except TimeoutError:
                 continue
+            finally:
+                self._waiting -= 1
 
     def settle(self, grant: Grant, used: Use) -> None:
         """Give back what a request held, and count what it used."""
         for part in grant.parts:
             part.meter.settle(part, used, time.time())
-        self._settled.set()
-        self._settled = asyncio.Event()
+        if self._waiting:
+            self._settled.set()
+            self._settled = asyncio.Event()

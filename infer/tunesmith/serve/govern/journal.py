@@ -1,23 +1,26 @@
 """The request log and the day's spending, written behind the requests' back.
 
-One thread takes entries from a bounded queue and writes them a few times a second. A disk that is
+One thread takes entries from a bounded queue and writes them, a few at a time: while it works on
+them the requests wait for the interpreter's lock. A disk that is
 full, or slower than the requests, costs entries, which are counted; it never holds up a request.
 What was spent is kept in memory until it is written, and is never dropped.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -33,7 +36,7 @@ Ending = Literal["complete", "error", "disconnected", "refused", "lost"]
 Purpose = Literal["request", "shadow", "probe"]
 """A client's own, a copy of it for a second model, or a question of a rollout."""
 
-_FLUSH_INTERVAL_S = 0.2
+_FLUSH_INTERVAL_S = 0.1
 _CAPACITY = 20_000
 _COMPLAINT_INTERVAL_S = 60.0
 
@@ -88,7 +91,7 @@ class Journal:
         self.dropped = 0
         """Entries that could not be written."""
         self._engine, self.folder, self._rows_per_file = engine, folder, rows_per_file
-        self._queue: queue.Queue[Entry] = queue.Queue(_CAPACITY)
+        self._queue: deque[Entry] = deque()
         self._lock = threading.Lock()
         self._charges: dict[tuple[int, Subject], Use] = {}
         self._stopping = threading.Event()
@@ -106,15 +109,15 @@ class Journal:
                 self._charges[day, subject] = Use(
                     before.tokens + used.tokens, before.nano_usd + used.nano_usd
                 )
-        try:
-            self._queue.put_nowait(entry)
-        except queue.Full:
+        if len(self._queue) < _CAPACITY:
+            self._queue.append(entry)
+        else:
             self.dropped += 1
 
     @property
     def is_behind(self) -> bool:
         """Whether there are entries that are not written yet."""
-        return self._is_writing or not self._queue.empty()
+        return bool(self._queue) or self._is_writing  # in this order: it says so, then takes them
 
     def __enter__(self) -> Journal:
         with self._engine.connect() as db:
@@ -144,7 +147,7 @@ class Journal:
             self._is_writing = False
 
     def _write(self) -> None:
-        entries = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        entries = [self._queue.popleft() for _ in range(len(self._queue))]
         with self._lock:
             charges, self._charges = self._charges, {}
         if not entries and not charges:
@@ -153,7 +156,7 @@ class Journal:
             with self._engine.begin() as db:
                 _spend(db, charges)
                 if entries:
-                    db.execute(requests.insert(), [vars(entry) for entry in entries])
+                    db.exec_driver_sql(str(_INSERT), [_row_of(entry) for entry in entries])
         except DBAPIError as error:
             self.dropped += len(entries)
             self._keep(charges)
@@ -186,17 +189,28 @@ def read_spending(engine: Engine, day: int) -> dict[Subject, Use]:
         return {(row.kind, row.subject): Use(row.tokens, row.nano_usd) for row in db.execute(query)}
 
 
+def _upsert() -> Insert:
+    row = insert(spending)
+    return row.on_conflict_do_update(
+        index_elements=["day", "kind", "subject"],
+        set_={
+            "tokens": spending.c.tokens + row.excluded.tokens,
+            "nano_usd": spending.c.nano_usd + row.excluded.nano_usd,
+        },
+    )
+
+
+_UPSERT = _upsert()
+_INSERT = requests.insert().compile(
+    dialect=sqlite.dialect(), column_keys=[item.name for item in fields(Entry)]
+)
+_row_of = attrgetter(*_INSERT.positiontup or ())
+
+
 def _spend(db: Connection, charges: Mapping[tuple[int, Subject], Use]) -> None:
-    for (day, (kind, subject)), used in charges.items():
-        row = insert(spending).values(
-            day=day, kind=kind, subject=subject, tokens=used.tokens, nano_usd=used.nano_usd
-        )
-        db.execute(
-            row.on_conflict_do_update(
-                index_elements=["day", "kind", "subject"],
-                set_={
-                    "tokens": spending.c.tokens + row.excluded.tokens,
-                    "nano_usd": spending.c.nano_usd + row.excluded.nano_usd,
-                },
-            )
-        )
+    rows = [
+        {"day": day, "kind": kind, "subject": subject, **vars(used)}
+        for (day, (kind, subject)), used in charges.items()
+    ]
+    if rows:
+        db.execute(_UPSERT, rows)

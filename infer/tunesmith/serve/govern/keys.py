@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -49,7 +50,7 @@ class Key:
         """Whether a model is among those of the key."""
         return not self.models or model in self.models
 
-    @property
+    @cached_property
     def subjects(self) -> dict[Subject, Limits]:
         """Whose limits hold for it."""
         found: dict[Subject, Limits] = {("key", self.id): self.limits}

@@ -103,6 +103,7 @@ class Meter:
         self._turn(now_s)
         self.open += 1
         self._reserved = _sum(self._reserved, need)
+        self._minute.forget(now_s)
         self._minute.add(now_s, requests=1, tokens=need.tokens)
         return Reservation(self, need, now_s)
 
@@ -130,23 +131,23 @@ class Reservation:
 
 
 class _Minute:
-    """Requests and tokens of the last sixty seconds, second by second."""
+    """Requests and tokens of the last sixty seconds, second by second and together."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, list[int]] = {}
+        self._total = [0, 0]
 
     def add(self, at_s: float, *, requests: int = 0, tokens: int = 0) -> None:
         counts = self._seconds.setdefault(int(at_s), [0, 0])
-        counts[0] += requests
-        counts[1] += tokens
+        for sums in (counts, self._total):
+            sums[0] += requests
+            sums[1] += tokens
 
     def wait_s(self, name: str, amount: int, limit: int, now_s: float) -> int:
         """Seconds until `amount` more keep to the limit; 0 when they do now."""
-        oldest = int(now_s) - _MINUTE_S + 1
-        for second in [second for second in self._seconds if second < oldest]:
-            del self._seconds[second]
+        self.forget(now_s)
         column = 0 if name == "requests_per_minute" else 1
-        excess = sum(counts[column] for counts in self._seconds.values()) + amount - limit
+        excess = self._total[column] + amount - limit
         if excess <= 0:
             return 0
         for second, counts in sorted(self._seconds.items()):
@@ -154,6 +155,16 @@ class _Minute:
             if excess <= 0:
                 return max(1, second + _MINUTE_S - int(now_s))
         return _MINUTE_S
+
+    def forget(self, now_s: float) -> None:
+        """Drop what is over. A long request that settles puts its own second back, which is dropped
+        here again: so the oldest need not be the first."""
+        oldest = int(now_s) - _MINUTE_S + 1
+        if self._seconds and min(self._seconds) < oldest:
+            for second in [second for second in self._seconds if second < oldest]:
+                requests, tokens = self._seconds.pop(second)
+                self._total[0] -= requests
+                self._total[1] -= tokens
 
 
 def _sum(one: Use, other: Use, *, sign: int = 1) -> Use:

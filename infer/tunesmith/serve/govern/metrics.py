@@ -28,10 +28,13 @@ class Metrics:
             "tunesmith_requests", "Requests by status and ending.", ("status", "ending"),
             registry=registry,
         )  # fmt: skip
-        self._tokens = prometheus.Counter(
+        tokens = prometheus.Counter(
             "tunesmith_tokens", "Tokens of prompts, of those the cached ones, and of answers.",
             ("kind",), registry=registry,
         )  # fmt: skip
+        self._prompt, self._cached, self._output = map(
+            tokens.labels, ("prompt", "cached", "output")
+        )
         self._usd = prometheus.Counter("tunesmith_usd", "Cost of requests.", registry=registry)
         self._ttft = prometheus.Histogram(
             "tunesmith_ttft_seconds", "Time to the first piece of a stream.",
@@ -87,9 +90,9 @@ class Metrics:
             self._arms.labels(entry.route, entry.arm, entry.purpose, entry.ending).inc()
             for reason in failures[: entry.attempts - 1]:
                 self._fallbacks.labels(entry.route, reason).inc()
-        self._tokens.labels("prompt").inc(entry.prompt_tokens)
-        self._tokens.labels("cached").inc(entry.cached_tokens)
-        self._tokens.labels("output").inc(entry.output_tokens)
+        self._prompt.inc(entry.prompt_tokens)
+        self._cached.inc(entry.cached_tokens)
+        self._output.inc(entry.output_tokens)
         self._usd.inc((entry.nano_usd or 0) / NANO)
         if entry.purpose != "request":
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -156,7 +155,7 @@ class Rollouts:
             return  # refused, or left: neither is the arm's doing
         live.count(is_new=is_new, is_error=is_error)
         if not is_error and visit.sent_s is not None:
-            taken_s = time.perf_counter() - visit.sent_s
+            taken_s = visit.started_s + visit.duration_s - visit.sent_s
             live.pair(is_new=is_new, taken_s=taken_s, nano_usd=entry.nano_usd)
 
     async def _look(self, live: _Live) -> None:
