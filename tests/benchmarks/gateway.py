@@ -63,13 +63,13 @@ BODY: dict[str, Any] = {
 def main() -> None:
     """Measure, write, and end with 3 when a bound is missed."""
     options = _options()
-    with tempfile.TemporaryDirectory() as scratch, _processes(Path(scratch), options) as places:
+    with tempfile.TemporaryDirectory() as scratch, _processes(Path(scratch)) as places:
         found = {
             f"c={concurrency}": _compare(places, concurrency, options.rounds, options.requests)
             for concurrency in options.concurrency
         }
         streams = _compare_streams(places, options)
-        peer = _compare_litellm(places, options) if options.litellm else None
+        peer = _compare_litellm(places, options, Path(scratch)) if options.litellm else None
     engine = _compare_engine(options) if options.engine else None
     report = {
         "command": shlex.join(["python", *sys.argv]),
@@ -137,14 +137,25 @@ def _compare_streams(places: dict[str, Any], options: argparse.Namespace) -> dic
     }
 
 
-def _compare_litellm(places: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    rounds = [
-        {
-            name: _in_process(_load, places[name], 64, options.requests * 8)
-            for name in ("litellm", "gateway")
-        }
-        for _ in range(options.rounds)
-    ]
+def _compare_litellm(
+    places: dict[str, Any], options: argparse.Namespace, scratch: Path
+) -> dict[str, Any]:
+    """It runs only here: idle, too, it would take from the others' time."""
+    port = free_port()
+    place = {"url": f"http://127.0.0.1:{port}/v1", "key": "sk-bench"}
+    peer = _litellm(options.litellm, port, places["direct"]["url"], scratch)
+    try:
+        _wait(place)
+        rounds = [
+            {
+                name: _in_process(_load, one, 64, options.requests * 8)
+                for name, one in (("litellm", place), ("gateway", places["gateway"]))
+            }
+            for _ in range(options.rounds)
+        ]
+    finally:
+        peer.terminate()
+        peer.wait()
     ratios = [one["gateway"]["per_s"] / one["litellm"]["per_s"] for one in rounds]
     return {"against_litellm": round(statistics.median(ratios), 2), "rounds": rounds}
 
@@ -238,9 +249,9 @@ def _in_process(work: Any, place: Place, concurrency: int, requests: int) -> Any
 
 
 @contextmanager
-def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Where the upstream, the gateway and the peer answer."""
-    behind, bare, beside = free_port(), free_port(), free_port()
+def _processes(scratch: Path) -> Iterator[dict[str, Any]]:
+    """Where the upstream, the gateway and a bare pass-through answer."""
+    behind, bare = free_port(), free_port()
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=_upstream, args=(behind,), daemon=True),
@@ -252,10 +263,6 @@ def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str,
         "direct": {"url": f"http://127.0.0.1:{behind}/v1", "key": ""},
         "bare": {"url": f"http://127.0.0.1:{bare}/v1", "key": ""},
     }
-    peer = None
-    if options.litellm:
-        peer = _litellm(options.litellm, beside, behind, scratch)
-        places["litellm"] = {"url": f"http://127.0.0.1:{beside}/v1", "key": "sk-bench"}
     try:
         for place in places.values():
             _wait(place)
@@ -264,8 +271,6 @@ def _processes(scratch: Path, options: argparse.Namespace) -> Iterator[dict[str,
     finally:
         for worker in workers:
             worker.terminate()
-        if peer:
-            peer.terminate()
 
 
 @contextmanager
@@ -341,11 +346,11 @@ def _pass_through(port: int, behind: int) -> None:
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
 
-def _litellm(python: Path, port: int, upstream: int, scratch: Path) -> subprocess.Popen[bytes]:
+def _litellm(python: Path, port: int, upstream: str, scratch: Path) -> subprocess.Popen[bytes]:
     config = scratch / "litellm.yaml"
     config.write_text(
         "model_list:\n- model_name: bot\n  litellm_params:\n    model: openai/bot\n"
-        f"    api_base: http://127.0.0.1:{upstream}/v1\n    api_key: none\n"
+        f"    api_base: {upstream}\n    api_key: none\n"
         "general_settings:\n  master_key: sk-bench\n"
     )
     program = python.parent / "litellm"

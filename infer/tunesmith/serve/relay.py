@@ -31,16 +31,17 @@ async def relay(
     """Pass an answer, of which the first piece is here, on and note in `visit` what it says; `keep`
     its bytes there too."""
     headers = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
-    response = web.StreamResponse(
-        status=answer.status, headers=headers | {"X-Request-Id": visit.request_id}
-    )
+    headers["X-Request-Id"] = visit.request_id
     is_stream = answer.content_type == _EVENTS
-    reader = EventReader(visit.ask, visit.usage) if is_stream else None
-    response.content_length = None if is_stream else answer.content_length
-    whole = bytearray()
     screen = visit.screen if visit.screen and visit.screen.checks_answers else None
     if screen and not is_stream:
-        return await _checked(request, response, answer, first, visit, screen, keep=keep)
+        return await _checked(request, answer, first, headers, visit, screen, keep=keep)
+    if not is_stream and answer.content.at_eof():
+        return await _whole(request, answer, first, headers, visit, keep=keep)
+    reader = EventReader(visit.ask, visit.usage) if is_stream else None
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    response.content_length = None if is_stream else answer.content_length
+    whole = bytearray()
     await response.prepare(request)
     try:
         chunk = first
@@ -65,20 +66,48 @@ async def relay(
         if rest:
             await response.write(rest)
             whole += rest if keep else b""
-    elif answer.content_type == "application/json":
-        read_answer(bytes(whole), visit.usage)
-    visit.answer = bytes(whole) if keep else b""
-    visit.status = answer.status
-    visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
+        visit.answer = bytes(whole) if keep else b""
+    else:
+        _read(answer, bytes(whole), visit, keep=keep)
+    _end(answer, visit)
     await response.write_eof()
     return response
 
 
+async def _whole(
+    request: web.Request,
+    answer: aiohttp.ClientResponse,
+    body: bytes,
+    headers: dict[str, str],
+    visit: Visit,
+    *,
+    keep: bool,
+) -> web.StreamResponse:
+    """Pass an answer that is all here on in one write, and look into it afterwards."""
+    response = web.Response(status=answer.status, headers=headers, body=body)
+    await response.prepare(request)
+    await response.write_eof()
+    _read(answer, body, visit, keep=keep)
+    _end(answer, visit)
+    return response
+
+
+def _read(answer: aiohttp.ClientResponse, body: bytes, visit: Visit, *, keep: bool) -> None:
+    if answer.content_type == "application/json":
+        read_answer(body, visit.usage)
+    visit.answer = body if keep else b""
+
+
+def _end(answer: aiohttp.ClientResponse, visit: Visit) -> None:
+    visit.status = answer.status
+    visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
+
+
 async def _checked(
     request: web.Request,
-    response: web.StreamResponse,
     answer: aiohttp.ClientResponse,
     first: bytes,
+    headers: dict[str, str],
     visit: Visit,
     screen: Screen,
     *,
@@ -95,11 +124,10 @@ async def _checked(
     passed = await screen.whole(bytes(whole))
     visit.usage.finish_reason = CUT if screen.cuts else visit.usage.finish_reason
     visit.answer = passed if keep else b""
-    visit.status = answer.status
-    visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
-    response.content_length = len(passed)
+    _end(answer, visit)
+    response = web.Response(status=answer.status, headers=headers, body=passed)
     await response.prepare(request)
-    await response.write_eof(passed)
+    await response.write_eof()
     return response
 
 

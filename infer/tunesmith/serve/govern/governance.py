@@ -32,7 +32,7 @@ _REDACTION_S = 0.05
 _NOTE_AFTER_S = 0.02
 
 
-@dataclass
+@dataclass(slots=True)
 class Visit:
     """One request while it is open."""
 

@@ -136,12 +136,15 @@ class _Minute:
     def __init__(self) -> None:
         self._seconds: dict[int, list[int]] = {}
         self._total = [0, 0]
+        self._oldest = 0
 
     def add(self, at_s: float, *, requests: int = 0, tokens: int = 0) -> None:
-        counts = self._seconds.setdefault(int(at_s), [0, 0])
-        for sums in (counts, self._total):
-            sums[0] += requests
-            sums[1] += tokens
+        second = int(at_s)
+        if second < self._oldest:
+            return  # a long request settles what counts no more
+        for counts in (self._seconds.setdefault(second, [0, 0]), self._total):
+            counts[0] += requests
+            counts[1] += tokens
 
     def wait_s(self, name: str, amount: int, limit: int, now_s: float) -> int:
         """Seconds until `amount` more keep to the limit; 0 when they do now."""
@@ -150,21 +153,22 @@ class _Minute:
         excess = self._total[column] + amount - limit
         if excess <= 0:
             return 0
-        for second, counts in sorted(self._seconds.items()):
+        for second, counts in self._seconds.items():
             excess -= counts[column]
             if excess <= 0:
                 return max(1, second + _MINUTE_S - int(now_s))
         return _MINUTE_S
 
     def forget(self, now_s: float) -> None:
-        """Drop what is over. A long request that settles puts its own second back, which is dropped
-        here again: so the oldest need not be the first."""
+        """Drop the seconds that are over."""
         oldest = int(now_s) - _MINUTE_S + 1
-        if self._seconds and min(self._seconds) < oldest:
-            for second in [second for second in self._seconds if second < oldest]:
-                requests, tokens = self._seconds.pop(second)
-                self._total[0] -= requests
-                self._total[1] -= tokens
+        if oldest == self._oldest:
+            return
+        self._oldest = oldest
+        while self._seconds and (first := next(iter(self._seconds))) < oldest:
+            requests, tokens = self._seconds.pop(first)
+            self._total[0] -= requests
+            self._total[1] -= tokens
 
 
 def _sum(one: Use, other: Use, *, sign: int = 1) -> Use:

@@ -95,7 +95,7 @@ def read_ask(path: str, body: bytes) -> Ask:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Usage:
     """What an answer used, as far as it is known."""
 
