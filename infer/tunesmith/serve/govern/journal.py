@@ -1,7 +1,6 @@
 """The request log and the day's spending, written behind the requests' back.
 
-One thread takes entries from a bounded queue and writes them, a few at a time: while it works on
-them the requests wait for the interpreter's lock. A disk that is
+One thread takes entries from a bounded queue and writes them a few times a second. A disk that is
 full, or slower than the requests, costs entries, which are counted; it never holds up a request.
 What was spent is kept in memory until it is written, and is never dropped.
 """
@@ -36,7 +35,7 @@ Ending = Literal["complete", "error", "disconnected", "refused", "lost"]
 Purpose = Literal["request", "shadow", "probe"]
 """A client's own, a copy of it for a second model, or a question of a rollout."""
 
-_FLUSH_INTERVAL_S = 0.1
+_FLUSH_INTERVAL_S = 0.2
 _CAPACITY = 20_000
 _COMPLAINT_INTERVAL_S = 60.0
 
