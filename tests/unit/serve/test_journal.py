@@ -33,10 +33,14 @@ def entry(number: int, **changes: Any) -> Entry:
 
 
 def wait_until(check: Any) -> None:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while not check():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def _files(folder: Path) -> int:
+    return len(list((folder / "requests").glob("*.parquet")))
 
 
 def test_lines_move_to_files_and_every_sum_stays(tmp_path: Path) -> None:
@@ -45,9 +49,9 @@ def test_lines_move_to_files_and_every_sum_stays(tmp_path: Path) -> None:
         with Journal(engine, folder, rows_per_file=10) as book:
             for number in range(start, start + 25):
                 book.add(entry(number), {ANN: DAY})
+            wait_until(lambda files=2 + 3 * start // 25: _files(folder) == files)
         assert book.dropped == 0
-    files = list((folder / "requests").glob("*.parquet"))
-    assert len(files) == 5
+    assert read_log(engine, folder, ["seq"])["seq"].to_pylist() == list(range(1, 51))
     log = read_log(engine, folder, ["request_id"])
     assert log["request_id"].to_pylist() == [f"r{number}" for number in range(50)]
     assert read_log(engine, folder, [], since_s=1040.0).num_rows == 10
@@ -70,15 +74,35 @@ def test_a_kill_between_file_and_database_doubles_nothing(
     def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(archive, "_LINES_AT_ONCE", 3)
     monkeypatch.setattr(archive, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
         archive.archive(engine, folder, 10)
     monkeypatch.undo()
+    monkeypatch.setattr(archive, "_LINES_AT_ONCE", 4)
     assert read_log(engine, folder, []).num_rows == 20
     assert archive.archive(engine, folder, 10) == 10
     assert read_log(engine, folder, ["seq"])["seq"].to_pylist() == list(range(1, 21))
     with engine.connect() as db:
         assert db.scalar(sa.text("SELECT count(*) FROM requests")) == 0
+
+
+def test_what_cannot_be_archived_stays_in_the_database_and_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_ARCHIVE_RETRY_S", 0.5)
+    engine, folder = open_gateway(tmp_path), tmp_path / "serve"
+    (folder / "requests").write_text("where the files should go")
+    with Journal(engine, folder, rows_per_file=10) as book:
+        for number in range(10):
+            book.add(entry(number), {})
+        said: list[str] = []
+        wait_until(lambda: said.append(capsys.readouterr().err) or "stays in its" in said[-1])
+        assert "exists" in said[-1]
+        with engine.connect() as db:
+            assert db.scalar(sa.text("SELECT count(*) FROM requests")) == 10
+        (folder / "requests").unlink()
+        wait_until(lambda: _files(folder) == 1)
 
 
 def test_a_full_disk_costs_lines_and_never_spending(tmp_path: Path) -> None:

@@ -1,19 +1,34 @@
-"""Old lines of the request log as Parquet files, and all lines of it as one table."""
+"""Old lines of the request log as Parquet files, and all lines of it as one table.
+
+    python -m tunesmith.serve.govern.archive STORE ROWS
+
+moves what there is, in files of so many lines: a process of its own, so that the gateway neither
+waits for that nor has the memory for it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 
 from tunesmith.config import require
 from tunesmith.ledger.durable import sync
-from tunesmith.serve.govern.database import requests
+from tunesmith.serve.govern.database import open_gateway, requests
 
 _FOLDER = "requests"
+_LOCK = "requests.lock"
+_LINES_AT_ONCE = 2_000
+"""What is in memory, and the longest that writers of the log wait for."""
+
 _ASKED = "request"
 """The purpose of what clients asked themselves."""
 
@@ -24,24 +39,61 @@ def archive(engine: Engine, folder: Path, rows: int) -> int:
     The file is whole and on disk before a line leaves the database. After a kill between the two
     the lines are in both, and leave the database the next time.
     """
-    with engine.begin() as db:
-        db.execute(requests.delete().where(requests.c.seq <= _archived(folder)))
-        found = db.execute(sa.select(requests).order_by(requests.c.seq).limit(rows)).mappings()
-        lines = [dict(row) for row in found]
-    if not lines:
-        return 0
-    first, last = lines[0]["seq"], lines[-1]["seq"]
-    target = folder / _FOLDER / f"{first:012d}-{last:012d}.parquet"
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    require("pyarrow.parquet", "infer").write_table(_table(lines), temporary)
-    with temporary.open("rb") as file:
+    parts = folder / _FOLDER
+    parts.mkdir(exist_ok=True)
+    with _alone(folder):
+        _drop(engine, _archived(folder))
+        temporary = parts / "next.tmp"
+        seqs = _write(engine, temporary, rows)
+        if not seqs:
+            return 0
+        temporary.rename(parts / f"{seqs[0]:012d}-{seqs[-1]:012d}.parquet")
+        sync(parts)
+        _drop(engine, seqs[-1])
+    return len(seqs)
+
+
+def _write(engine: Engine, path: Path, rows: int) -> list[int]:
+    """The oldest lines into a file, which is on disk then; returns their numbers."""
+    parquet = require("pyarrow.parquet", "infer")
+    query = sa.select(requests).order_by(requests.c.seq).limit(rows)
+    seqs: list[int] = []
+    with path.open("wb") as file:
+        with (
+            engine.connect().execution_options(yield_per=_LINES_AT_ONCE) as db,
+            parquet.ParquetWriter(file, _table([]).schema) as writer,
+        ):
+            for part in db.execute(query).mappings().partitions():
+                lines = [dict(row) for row in part]
+                seqs += [line["seq"] for line in lines]
+                writer.write_table(_table(lines))
+        file.flush()
         os.fsync(file.fileno())
-    temporary.rename(target)
-    sync(target.parent)
-    with engine.begin() as db:
-        db.execute(requests.delete().where(requests.c.seq <= last))
-    return len(lines)
+    return seqs
+
+
+def _drop(engine: Engine, last: int) -> None:
+    """Let the lines up to this one leave the database, a few at a time: others write there too."""
+    with engine.connect() as db:
+        first = db.scalar(sa.select(sa.func.min(requests.c.seq))) or last + 1
+    for start in range(first, last + 1, _LINES_AT_ONCE):
+        end = min(last, start + _LINES_AT_ONCE - 1)
+        with engine.begin() as db:
+            db.execute(requests.delete().where(requests.c.seq <= end))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time: that of a gateway which was killed may still be at work."""
+    with (folder / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def count_lines(engine: Engine) -> int:
+    """Lines that are in the database."""
+    with engine.connect() as db:
+        return db.scalar(sa.select(sa.func.count()).select_from(requests)) or 0
 
 
 def read_log(engine: Engine, folder: Path, columns: list[str], since_s: float = 0.0) -> Any:
@@ -130,3 +182,16 @@ def _table(lines: list[dict[str, Any]]) -> Any:
         [(name, kinds.get(type(requests.c[name].type), pyarrow.string())) for name in names]
     )
     return pyarrow.Table.from_pylist(lines, schema=schema)
+
+
+def _main(store: Path, rows: int) -> None:
+    engine = open_gateway(store)
+    try:
+        while count_lines(engine) >= rows:
+            archive(engine, store / "serve", rows)
+    except (DBAPIError, OSError) as error:
+        sys.exit(str(error.orig if isinstance(error, DBAPIError) else error))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))

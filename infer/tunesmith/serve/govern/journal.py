@@ -7,6 +7,9 @@ What was spent is kept in memory until it is written, and is never dropped.
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +26,7 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from tunesmith.serve.govern.archive import archive
+from tunesmith.serve.govern.archive import count_lines
 from tunesmith.serve.govern.database import requests, spending
 from tunesmith.serve.govern.governor import Subject
 from tunesmith.serve.govern.limits import Use
@@ -38,6 +41,7 @@ Purpose = Literal["request", "shadow", "probe"]
 _FLUSH_INTERVAL_S = 0.2
 _CAPACITY = 20_000
 _COMPLAINT_INTERVAL_S = 60.0
+_ARCHIVE_RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class Journal:
         self._is_writing = False
         self._complained_s = -_COMPLAINT_INTERVAL_S
         self._rows = 0
+        self._archiver: subprocess.Popen[str] | None = None
+        self._archive_from_s = 0.0
 
     def add(self, entry: Entry, charges: Mapping[Subject, int]) -> None:
         """Take one entry; `charges` names who pays for its tokens, with the day of each."""
@@ -119,8 +125,7 @@ class Journal:
         return bool(self._queue) or self._is_writing  # in this order: it says so, then takes them
 
     def __enter__(self) -> Journal:
-        with self._engine.connect() as db:
-            self._rows = db.scalar(sa.select(sa.func.count()).select_from(requests)) or 0
+        self._rows = count_lines(self._engine)
         self._thread.start()
         return self
 
@@ -132,10 +137,14 @@ class Journal:
     ) -> None:
         self._stopping.set()
         self._thread.join()
+        if self._archiver:  # it loses nothing, and the next gateway goes on
+            self._archiver.kill()
+            self._archiver.communicate()
 
     def _run(self) -> None:
         while not self._stopping.wait(_FLUSH_INTERVAL_S):
             self._flush()
+            self._archive()
         self._flush()
 
     def _flush(self) -> None:
@@ -162,12 +171,26 @@ class Journal:
             self._complain(f"{len(entries)} lines of the request log are lost: {error.orig}")
             return
         self._rows += len(entries)
-        while self._rows >= self._rows_per_file:
-            try:
-                self._rows -= archive(self._engine, self.folder, self._rows_per_file)
-            except (DBAPIError, OSError) as error:
-                self._complain(f"the request log stays in its database: {error}")
+
+    def _archive(self) -> None:
+        """Have old lines moved to files, by a process of its own, one at a time."""
+        if self._archiver:
+            if self._archiver.poll() is None:
                 return
+            _, said = self._archiver.communicate()
+            if self._archiver.returncode:
+                self._archive_from_s = time.monotonic() + _ARCHIVE_RETRY_S
+                self._complain(f"the request log stays in its database: {said.strip()[-200:]}")
+            self._archiver = None
+            with contextlib.suppress(DBAPIError):  # then what there was is tried again
+                self._rows = count_lines(self._engine)
+        if self._rows >= self._rows_per_file and time.monotonic() >= self._archive_from_s:
+            command = [sys.executable, "-m", "tunesmith.serve.govern.archive"]
+            self._archiver = subprocess.Popen(
+                [*command, str(self.folder.parent), str(self._rows_per_file)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )  # fmt: skip
 
     def _keep(self, charges: Mapping[tuple[int, Subject], Use]) -> None:
         with self._lock:
