@@ -23,6 +23,8 @@ _ALWAYS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "TOKENIZERS_PARALLELISM": "true",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # A crash in native code leaves its kind and its stack in the engine's log.
+    "PYTHONFAULTHANDLER": "1",
 }
 # Where other processes share the cores, threads that spin for long at each barrier multiply the
 # time of a step; this many rounds cost nothing on idle cores.

@@ -10,8 +10,13 @@ from tunesmith.engine.spec import EngineSpec
 
 # The process and the place that vLLM puts before its lines.
 _PREFIX = re.compile(r"^(?:\([^)]*\)\s*)?(?:ERROR [^\]]*\]\s*)?")
-_EXCEPTION = re.compile(r"^(?P<type>(?:\w+\.)*\w*(?:Error|Exception)): ?(?P<text>.*)$")
-_SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization failed")
+_EXCEPTION = re.compile(
+    r"^(?P<type>(?:\w+\.)*\w*(?:Error|Exception)|Fatal Python error): ?(?P<text>.*)$"
+)
+_SECOND_HAND = (
+    "Engine core initialization failed", "WorkerProc initialization failed",
+    "EngineCore encountered an issue",
+)  # fmt: skip
 # A model or a setting that vLLM will not take, as opposed to a failure on the way.
 _REFUSALS = {
     "ValueError", "NotImplementedError", "ValidationError", "KeyError", "AttributeError",

@@ -58,13 +58,15 @@ class Fleet:
         self.became_ready = asyncio.Event()
         """Set once every engine that the gateway was started with has answered."""
         self._declared = declared
+        self._restarts_of_gone = 0
         self._watchers: list[asyncio.Task[None]] = []
         self._client: aiohttp.ClientSession | None = None
 
     @property
     def restarts(self) -> int:
         """Of all engines together."""
-        return sum(host.supervisor.restarts for host in self.engines.values())
+        there = sum(host.supervisor.restarts for host in self.engines.values())
+        return there + self._restarts_of_gone
 
     async def run(self) -> None:
         """Start everything, then go on until cancelled. Raises the error of the first engine that
@@ -154,6 +156,7 @@ class Fleet:
             return
         name = next(name for name, one in self.engines.items() if one is host)
         del self.engines[name]
+        self._restarts_of_gone += host.supervisor.restarts
         await host.supervisor.stop()
         for pinned in host.adapters.values():
             unpin(pinned)

@@ -27,6 +27,20 @@ def spec(model, adapter=None):
         model=Path(model), adapter=adapter and Path(adapter), dtype="float32", served_name="bot",
         settings=Engine(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128))
 """
+SHORT = """
+import sys
+from pathlib import Path
+from tunesmith.config.schema.engine import Engine
+from tunesmith.engine import EngineSpec, open_llm, prepare_process
+
+if __name__ == "__main__":
+    settings = Engine(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128)
+    spec = EngineSpec(Path(sys.argv[1]), settings, "bfloat16", "bot")
+    prepare_process()
+    llm = open_llm(spec)
+    (answer,) = llm.generate([{"prompt_token_ids": [5, 6, 7, 8]}], use_tqdm=False)
+    print(len(answer.outputs[0].token_ids))
+"""
 OFFLINE = f"""{HEAD}
 from tunesmith.config import ModelError
 
@@ -104,6 +118,15 @@ def test_offline_answers_a_stream_with_and_without_an_adapter(llama: Path, adapt
     assert int(found["threads"]) <= len(os.sched_getaffinity(0))
     assert found["one"] == [3, 5]
     assert "INFO" not in done.stderr and "WARNING" not in done.stderr
+
+
+def test_a_short_first_prompt_in_bfloat16(llama: Path) -> None:
+    """Of all products that lead to its attention none is large enough for oneDNN to ask for AMX."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(llama)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 0
 
 
 def log_likelihoods(model: Any, prompt: list[int], completion: list[int]) -> list[float]:

@@ -142,3 +142,9 @@ def test_the_cause_is_the_line_that_matters_and_typed(tmp_path: Path) -> None:
     crash = start_failure("MemoryError: \nOSError: [Errno 98] Address already in use", spec)
     assert not isinstance(crash, ModelError) and isinstance(crash, TunesmithError)
     assert "no reason" in str(start_failure("Killed", spec))
+    native = (
+        "Fatal Python error: Illegal instruction\n\nThread 0x00007f9b8d2ff6c0\n"
+        "(APIServer pid=1) ERROR 11-29 17:01:07 [async_llm.py:906] vllm.v1.engine.exceptions."
+        "EngineDeadError: EngineCore encountered an issue. See stack trace (above).\n"
+    )
+    assert "Fatal Python error: Illegal instruction" in str(start_failure(native, spec))
