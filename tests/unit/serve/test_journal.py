@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,28 @@ def test_a_kill_between_file_and_database_doubles_nothing(
     assert read_log(engine, folder, ["seq"])["seq"].to_pylist() == list(range(1, 21))
     with engine.connect() as db:
         assert db.scalar(sa.text("SELECT count(*) FROM requests")) == 0
+
+
+def test_a_log_that_is_read_while_lines_move_has_each_once(tmp_path: Path) -> None:
+    engine, folder = open_gateway(tmp_path), tmp_path / "serve"
+    with Journal(engine, folder, rows_per_file=1_000) as book:
+        for number in range(300):
+            book.add(entry(number), {})
+
+    def move() -> None:
+        while archive.archive(engine, folder, 10):
+            pass
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    looks = 0
+    while mover.is_alive():
+        looks += 1
+        assert read_log(engine, folder, ["seq"])["seq"].to_pylist() == list(range(1, 301))
+        some = archive.read_lines(engine, folder, {5, 150, 300, 999})
+        assert [line["seq"] for line in some] == [5, 150, 300]
+    mover.join()
+    assert looks > 1 and _files(folder) == 30
 
 
 def test_what_cannot_be_archived_stays_in_the_database_and_is_told(

@@ -42,7 +42,7 @@ def archive(engine: Engine, folder: Path, rows: int) -> int:
     parts = folder / _FOLDER
     parts.mkdir(exist_ok=True)
     with _alone(folder):
-        _drop(engine, _archived(folder))
+        _drop(engine, _last(_files(folder)))
         temporary = parts / "next.tmp"
         seqs = _write(engine, temporary, rows)
         if not seqs:
@@ -102,16 +102,13 @@ def read_log(engine: Engine, folder: Path, columns: list[str], since_s: float = 
     compute = require("pyarrow.compute", "infer")
     wanted = list(dict.fromkeys(("seq", "at_s", *columns)))
     parquet = require("pyarrow.parquet", "infer")
+    files, lines = _both(engine, folder, sa.select(*(requests.c[name] for name in wanted)))
     parts = [
         # Files keep the columns that the log had when they were written.
         parquet.read_table(path, columns=[*({*wanted} & {*parquet.read_schema(path).names})])
-        for path in _files(folder)
+        for path in files
     ]
-    query = sa.select(*(requests.c[name] for name in wanted)).where(
-        requests.c.seq > _archived(folder)
-    )
-    with engine.connect() as db:
-        parts.append(_table([dict(row) for row in db.execute(query).mappings()]).select(wanted))
+    parts.append(_table(lines).select(wanted))
     whole = pyarrow.concat_tables(parts, promote_options="default").select(wanted)
     return whole.filter(compute.greater_equal(whole["at_s"], since_s))
 
@@ -147,25 +144,35 @@ def find_line(
 def read_lines(engine: Engine, folder: Path, seqs: set[int]) -> list[dict[str, Any]]:
     """Whole lines by their numbers, oldest first."""
     parquet = require("pyarrow.parquet", "infer")
-    found: list[dict[str, Any]] = []
-    for path in _files(folder):
-        table = parquet.read_table(path, filters=[("seq", "in", seqs)]) if seqs else None
-        found += table.to_pylist() if table is not None else []
-    last = _archived(folder)
-    with engine.connect() as db:
-        for seq in sorted(one for one in seqs if one > last):
-            row = db.execute(sa.select(requests).where(requests.c.seq == seq)).mappings().first()
-            found += [dict(row)] if row else []
+    if not seqs:
+        return []
+    asked = sa.select(requests).where(requests.c.seq >= min(seqs), requests.c.seq <= max(seqs))
+    files, found = _both(engine, folder, asked, seqs)
+    for path in files:
+        found += parquet.read_table(path, filters=[("seq", "in", seqs)]).to_pylist()
     return sorted(found, key=lambda line: line["seq"])
+
+
+def _both(
+    engine: Engine, folder: Path, asked: sa.Select[Any], seqs: set[int] | None = None
+) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The files, and the lines that are in none of them, of one moment: others archive meanwhile,
+    and lines leave the database once their file is there."""
+    while True:
+        files = _files(folder)
+        with engine.connect() as db:
+            rows = db.execute(asked.where(requests.c.seq > _last(files))).mappings()
+            lines = [dict(row) for row in rows if seqs is None or row["seq"] in seqs]
+        if _files(folder) == files:
+            return files, lines
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / _FOLDER).glob("*.parquet"))
 
 
-def _archived(folder: Path) -> int:
+def _last(files: list[Path]) -> int:
     """The last line that is in a file; 0 when none is."""
-    files = _files(folder)
     return int(files[-1].stem.partition("-")[2]) if files else 0
 
 
