@@ -146,23 +146,28 @@ def read_lines(engine: Engine, folder: Path, seqs: set[int]) -> list[dict[str, A
     parquet = require("pyarrow.parquet", "infer")
     if not seqs:
         return []
-    asked = sa.select(requests).where(requests.c.seq >= min(seqs), requests.c.seq <= max(seqs))
-    files, found = _both(engine, folder, asked, seqs)
+    wanted = sorted(seqs)
+    parts = [wanted[at : at + _LINES_AT_ONCE] for at in range(0, len(wanted), _LINES_AT_ONCE)]
+    asked = [sa.select(requests).where(requests.c.seq.in_(part)) for part in parts]
+    files, found = _both(engine, folder, *asked)
     for path in files:
         found += parquet.read_table(path, filters=[("seq", "in", seqs)]).to_pylist()
     return sorted(found, key=lambda line: line["seq"])
 
 
 def _both(
-    engine: Engine, folder: Path, asked: sa.Select[Any], seqs: set[int] | None = None
+    engine: Engine, folder: Path, *asked: sa.Select[Any]
 ) -> tuple[list[Path], list[dict[str, Any]]]:
     """The files, and the lines that are in none of them, of one moment: others archive meanwhile,
     and lines leave the database once their file is there."""
     while True:
         files = _files(folder)
         with engine.connect() as db:
-            rows = db.execute(asked.where(requests.c.seq > _last(files))).mappings()
-            lines = [dict(row) for row in rows if seqs is None or row["seq"] in seqs]
+            lines = [
+                dict(row)
+                for query in asked
+                for row in db.execute(query.where(requests.c.seq > _last(files))).mappings()
+            ]
         if _files(folder) == files:
             return files, lines
 

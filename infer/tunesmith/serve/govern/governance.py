@@ -177,7 +177,7 @@ class Governance:
         visit.duration_s = time.perf_counter() - visit.started_s
         if visit.ending == "disconnected" and visit.usage.is_done:
             visit.status, visit.ending = 200, "error" if visit.usage.error else "complete"
-        usage, is_estimated = self._final_usage(visit, visit.duration_s)
+        usage, is_estimated = self._final_usage(visit)
         used = _use(visit.arm, usage.prompt_tokens, usage.output_tokens)
         if visit.grant:
             self._governor.settle(visit.grant, used)
@@ -235,7 +235,7 @@ class Governance:
         for observe in self.observers:
             observe(visit, entry)
 
-    def _final_usage(self, visit: Visit, duration_s: float) -> tuple[Usage, bool]:
+    def _final_usage(self, visit: Visit) -> tuple[Usage, bool]:
         """What the engine said that was used. Of a whole answer that nobody waited for it says
         nothing: there it is the prompt, and as many tokens as it can have made in that time."""
         usage, arm = visit.usage, visit.arm
@@ -244,7 +244,7 @@ class Governance:
         fastest_s = self._fastest_token_s.get(arm.name, math.inf)
         if usage.is_known:
             if not visit.ask.is_stream and usage.output_tokens and visit.ask.choices == 1:
-                per_token_s = duration_s / usage.output_tokens
+                per_token_s = visit.duration_s / usage.output_tokens
                 self._fastest_token_s[arm.name] = min(fastest_s, per_token_s)
             return usage, False
         is_left = visit.is_sent and not visit.status and visit.ending == "disconnected"
@@ -257,7 +257,7 @@ class Governance:
             return usage, True
         reserved = visit.grant.need.tokens - usage.prompt_tokens if visit.grant else 0
         most = visit.ask.most_output_tokens or max(0, reserved)
-        usage.output_tokens = min(most, math.ceil(duration_s / fastest_s))
+        usage.output_tokens = min(most, math.ceil(visit.duration_s / fastest_s))
         return usage, True
 
     @property
