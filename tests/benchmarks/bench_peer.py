@@ -8,26 +8,34 @@ be within 5 % of those of `vllm bench serve`, by the medians of the rounds. Prom
 token ids; the peers send text, which can be some tokens longer or shorter. GuideLLM comes into an
 environment of its own and is only shown: its time per token is over all tokens, the first one's
 too.
+
+Open loop, near saturation and beyond: `vllm bench serve` at a rate and with a limit in flight, then
+ours at the moments that it has made. Its TTFT begins when a place is free, ours when the request
+was meant to be sent. Its own record of that wait, added to its TTFT, says how much of the
+difference this explains.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from benchmark import describe, finish
 
 from tunesmith.bench.client import open_session
 from tunesmith.bench.generator import Generator
-from tunesmith.bench.measure import Instruments, Meter, Phase, Target, open_meter
+from tunesmith.bench.measure import Instruments, Meter, Target, open_meter
 from tunesmith.bench.results import phase_figures
 from tunesmith.bench.traffic import synthetic_prompts
 from tunesmith.config.schema.bench import Bench
@@ -35,6 +43,8 @@ from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
 BOUND = 0.05
+OPEN_LOADS = (0.9, 1.1)  # of the closed loop's requests per second
+OPEN_REQUESTS = 768
 GUIDELLM = "guidellm==0.8.1"
 INPUT_TOKENS, OUTPUT_TOKENS, CONCURRENCY, REQUESTS = 64, 64, 16, 192
 # The console script fails in the CPU wheel; its module does not.
@@ -67,6 +77,13 @@ def main() -> None:
             }
             for seed in range(options.rounds)
         ]
+        rate = median(one["ours"]["output_tokens_per_s"] for one in rounds) / OUTPUT_TOKENS
+        opened = {
+            f"{load:.0%} of saturation": _open_loop(
+                server.url, generator, options.model, Path(folder), load * rate, options.rounds
+            )
+            for load in OPEN_LOADS
+        }
     differences = {
         peer: {
             figure: median(one["ours"][figure] for one in rounds)
@@ -81,26 +98,14 @@ def main() -> None:
         for figure, difference in differences["vllm"].items()
         if abs(difference) > BOUND
     ]
-    found = {"bound": BOUND, "differences": differences, "rounds": rounds}
+    found = {"bound": BOUND, "differences": differences, "rounds": rounds, "open_loop": opened}
     finish(options.out, describe(parser, found), missed)
 
 
 async def _ours(url: str, generator: Generator, seed: int) -> dict[str, float]:
-    lengths = [{"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}]
-    bench = Bench.model_validate(
-        {
-            "requests": REQUESTS,
-            "rounds": 1,
-            "concurrency": CONCURRENCY,
-            "prompts": "synthetic",
-            "lengths": lengths,
-        }
-    )
-    async with open_session() as session:
-        target, tools = Target("ours", url, "bench"), Instruments(session, generator)
-        meter: Meter = await open_meter(target, bench, seed, tools, synthetic_prompts(bench, seed))
-        await meter.warm_up()
-        phase: Phase = await meter.full_queue()
+    bench = _bench(REQUESTS)
+    async with _metered(url, bench, generator, seed) as meter:
+        phase = await meter.full_queue()
     figures = phase_figures(phase, bench, seed)
     (one,) = phase.rounds
     return {
@@ -110,7 +115,34 @@ async def _ours(url: str, generator: Generator, seed: int) -> dict[str, float]:
     }
 
 
+def _bench(requests: int, **load: Any) -> Bench:
+    lengths = [{"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}]
+    fixed = {"rounds": 1, "concurrency": CONCURRENCY, "prompts": "synthetic", "lengths": lengths}
+    return Bench.model_validate({"requests": requests, **fixed, **load})
+
+
+@contextlib.asynccontextmanager
+async def _metered(url: str, bench: Bench, generator: Generator, seed: int) -> AsyncIterator[Meter]:
+    async with open_session() as session:
+        target, tools = Target("ours", url, "bench"), Instruments(session, generator)
+        meter = await open_meter(target, bench, seed, tools, synthetic_prompts(bench, seed))
+        await meter.warm_up()
+        yield meter
+
+
 def _vllm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
+    found = _bench_serve(url, model, folder, 1000 + seed, REQUESTS)
+    return {
+        "output_tokens_per_s": found["output_throughput"],
+        "median_ttft_ms": found["median_ttft_ms"],
+        "median_tpot_ms": found["median_tpot_ms"],
+    }
+
+
+def _bench_serve(
+    url: str, model: Path, folder: Path, seed: int, requests: int, **load: Any
+) -> dict[str, Any]:
+    """What `vllm bench serve` keeps of one run."""
     result = folder / f"peer-{seed}.json"
     arguments = {
         "backend": "openai",
@@ -121,25 +153,68 @@ def _vllm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
         "dataset-name": "random",
         "random-input-len": INPUT_TOKENS,
         "random-output-len": OUTPUT_TOKENS,
-        "num-prompts": REQUESTS,
+        "num-prompts": requests,
         "max-concurrency": CONCURRENCY,
         "num-warmups": CONCURRENCY,
-        "seed": 1000 + seed,
+        "seed": seed,
         "temperature": 0,
         "result-dir": folder,
         "result-filename": result.name,
+        **load,
     }
     flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-c", PEER, *flags, "--ignore-eos", "--save-result",
-               "--disable-tqdm"]  # fmt: skip
+               "--save-detailed", "--disable-tqdm"]  # fmt: skip
     subprocess.run(command, check=True, stdout=sys.stderr)
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     assert not found.get("failed"), found
-    return {
-        "output_tokens_per_s": found["output_throughput"],
-        "median_ttft_ms": found["median_ttft_ms"],
-        "median_tpot_ms": found["median_tpot_ms"],
+    return found
+
+
+def _open_loop(
+    url: str, generator: Generator, model: Path, folder: Path, rate: float, rounds: int
+) -> dict[str, Any]:
+    """TTFT as the peer tells it, with the wait for a place in its client, and as ours tells it."""
+    runs = []
+    for seed in range(rounds):
+        peer = _bench_serve(
+            url, model, folder, 3000 + seed, OPEN_REQUESTS, **{"request-rate": rate}
+        )
+        told_s, waited_s = np.array(peer["ttfts"]), np.array(peer["queue_times"])
+        meant_s = np.sort(np.array(peer["start_times"]) - waited_s)
+        trace = folder / f"moments-{seed}.jsonl"
+        trace.write_text("".join(f'{{"at_s": {moment}}}\n' for moment in meant_s))
+        bench = _bench(
+            OPEN_REQUESTS,
+            arrivals="trace",
+            trace=trace,
+            request_rate=(OPEN_REQUESTS - 1) / (meant_s[-1] - meant_s[0]),
+        )
+        figures = asyncio.run(_arrivals(url, bench, generator, seed))
+        runs.append(
+            {
+                percent: {
+                    "vllm_ms": float(np.percentile(told_s, int(percent[1:]))) * 1e3,
+                    "vllm_with_its_wait_ms": float(
+                        np.percentile(told_s + waited_s, int(percent[1:]))
+                    )
+                    * 1e3,
+                    "ours_ms": figures["ttft_ms"][percent]["value"],
+                }
+                for percent in ("p50", "p99")
+            }
+        )
+    medians = {
+        percent: {who: median(run[percent][who] for run in runs) for who in runs[0][percent]}
+        for percent in runs[0]
     }
+    return {"request_rate": rate, "ttft": medians, "rounds": runs}
+
+
+async def _arrivals(url: str, bench: Bench, generator: Generator, seed: int) -> dict[str, Any]:
+    async with _metered(url, bench, generator, seed) as meter:
+        phase = await meter.arrivals()
+    return phase_figures(phase, bench, seed)
 
 
 def _guidellm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
