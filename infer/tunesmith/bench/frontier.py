@@ -1,16 +1,18 @@
 """`tunesmith bench frontier`: quality, goodput, price and memory of every model, measured in turns.
 
-A round starts the engine of each model once: A, B, C, A, B, C. What the machine does between the
-rounds is so in all models alike. A round of a model is kept as soon as it is measured.
+A round starts the engine of each model once, and under each of `bench.engines` once: A, B, C, A, B,
+C. What the machine does between the rounds is so in all alike. A round of a cell is kept as soon as
+it is measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -30,6 +32,13 @@ from tunesmith.statistics import compare
 from tunesmith.terminal import log, make_table
 
 
+class _Cell(NamedTuple):
+    """A model, and what its engine has in place of the recipe's settings."""
+
+    model: str
+    changed: dict[str, Any]
+
+
 def run(stages: Stages) -> dict[str, Any]:
     """Measure what is not measured yet; quality is read of the evaluations that are made."""
     if hour_usd(stages) is None:
@@ -44,13 +53,25 @@ def run(stages: Stages) -> dict[str, Any]:
     return result_of(stages, found)
 
 
+def _cells(stages: Stages) -> dict[str, _Cell]:
+    """What is measured, by what the table calls it: a model's own name is the recipe's settings."""
+    found = {}
+    for name in stages.benched("frontier"):
+        found[name] = _Cell(name, {})
+        for engine, change in bench_of(stages).engines.items():
+            found[f"{name} · {engine}"] = _Cell(name, change.model_dump(exclude_none=True))
+    return found
+
+
 def _measure(stages: Stages, work: Work, rig: Rig) -> None:
+    cells = _cells(stages)
     refusals: dict[str, dict[str, str]] = {}
     specs: dict[str, EngineSpec] = {}
-    for name in stages.benched("frontier"):
+    for name, (model, changed) in cells.items():
         try:
-            require_approval(stages, name)
-            specs[name] = engine_spec(stages, name)
+            require_approval(stages, model)
+            spec = engine_spec(stages, model)
+            specs[name] = replace(spec, settings=spec.settings.model_copy(update=changed))
         except GateError as error:
             refusals[name] = {"kind": "verification", "refused": str(error)}
     for place in range(rig.bench.rounds):
@@ -64,12 +85,12 @@ def _measure(stages: Stages, work: Work, rig: Rig) -> None:
             except ModelError as error:
                 log(f"bench {name}: refused: {error}")
                 refusals[name] = {"kind": "engine", "refused": str(error)}
-    if len(refusals) == len(stages.benched("frontier")):
+    if len(refusals) == len(cells):
         first = next(iter(refusals.values()))["refused"]
         raise ModelError(f"no model of {stages.path} runs here: {first}")
     variants = {
-        name: refusals.get(name) or _entry(rig, work, name, specs[name])
-        for name in stages.benched("frontier")
+        name: cell._asdict() | (refusals.get(name) or _entry(rig, work, name, specs[name]))
+        for name, cell in cells.items()
     }
     write_bench(stages, work, "frontier", variants=variants)
     work.metrics["variants"] = {
@@ -114,7 +135,7 @@ def result_of(stages: Stages, artifact: Artifact) -> dict[str, Any]:
     variants = artifact.manifest.metrics["variants"]
     reference = "tuned" if "tuned" in variants else next(iter(variants))
     cells = [
-        {"variant": name, **entry, **_quality(stages, name, reference)}
+        {"variant": name, **entry, **_quality(stages, entry, reference)}
         for name, entry in variants.items()
     ]
     chosen = choose(cells, bench_of(stages).most_loss)
@@ -126,11 +147,14 @@ def result_of(stages: Stages, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _quality(stages: Stages, name: str, reference: str) -> dict[str, Any]:
+def _quality(stages: Stages, entry: Mapping[str, Any], reference: str) -> dict[str, Any]:
     """The paired change of loss against the reference, with its interval, or why there is none."""
-    section = stages.recipe.evaluate
+    section, name = stages.recipe.evaluate, entry["model"]
     if section is None:
         return {"loss_change": None, "quality": "the recipe has no evaluate section"}
+    own = stages.recipe.engine.kv_cache_dtype
+    if entry["changed"].get("kv_cache_dtype", own) != own:
+        return {"loss_change": None, "quality": f"it was evaluated with kv_cache_dtype: {own}"}
     if name == reference:
         return {"loss_change": dict.fromkeys(("value", "low", "high"), 0.0), "quality": "reference"}
     made = [stages.store.find(stages.evaluation(one).id) for one in (name, reference)]

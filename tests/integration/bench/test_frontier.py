@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 from upstream import FakeEngine, Upstream, interrupted
 
@@ -19,6 +20,7 @@ from tunesmith.bench.choice import cheapest, choose, verdict
 from tunesmith.bench.page import write_page
 from tunesmith.cli import plan
 from tunesmith.config import ModelError, UserError
+from tunesmith.config.schema.bench import Bench
 from tunesmith.pipeline import Stages
 from tunesmith.serve.govern.price import find_price
 
@@ -108,6 +110,46 @@ def test_models_take_turns_and_one_is_chosen(
     assert unknown == {"sources": []}
     Console(file=text, width=220).print(plan._serving_table({"w4a16": unknown}))
     assert "no benchmark of this here" in text.getvalue()
+
+
+def test_models_under_other_settings_of_the_engine(
+    stages: Stages, engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = BENCH | {
+        "variants": ["tuned", "w4a16"],
+        "rounds": 1,
+        "engines": {"narrow": {"max_num_seqs": 2}, "fp8-cache": {"kv_cache_dtype": "fp8"}},
+    }
+    recipe = stages.recipe.model_copy(update={"bench": Bench.model_validate(bench)})
+    stages = Stages(recipe, stages.store)
+    monkeypatch.setattr(engine, "upstream", Upstream(ttft_s=0.06, tpot_s=0.01))
+    monkeypatch.setattr(engine, "slower", {"max_num_seqs=2 ": 1.6})
+    result = frontier.run(stages)
+    cells = {cell["variant"]: cell for cell in result["cells"]}
+    assert list(cells) == [
+        f"{model}{more}"
+        for model in ("tuned", "w4a16")
+        for more in ("", " · narrow", " · fp8-cache")
+    ]
+    own, narrow = (
+        cells[name]["output_tokens_per_s"]["value"] for name in ("tuned", "tuned · narrow")
+    )
+    assert own == pytest.approx(1.6 * narrow, rel=0.15)
+    assert cells["w4a16"]["loss_change"]["value"] == pytest.approx(0.01)
+    assert cells["w4a16 · narrow"]["loss_change"] == cells["w4a16"]["loss_change"]
+    other = cells["tuned · fp8-cache"]
+    assert other["loss_change"] is None, "its quality is not that of the evaluation"
+    assert "kv_cache_dtype: auto" in other["quality"] and not other["pareto"]
+    price = find_price(stages, "tuned")
+    known = cells["tuned"]["usd_per_million_output_tokens"]
+    assert price is None or price.output_usd_per_million_tokens == known, "of its own settings"
+
+
+def test_other_settings_have_names_and_change_something() -> None:
+    with pytest.raises(ValidationError, match=r"'a/b': names are letters"):
+        Bench.model_validate({"engines": {"a/b": {"max_num_seqs": 2}}})
+    with pytest.raises(ValidationError, match=r"engines\.same changes nothing"):
+        Bench.model_validate({"engines": {"same": {}}})
 
 
 def test_a_frontier_needs_a_price_and_a_model_that_runs(

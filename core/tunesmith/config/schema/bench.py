@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.config.schema.base import Fraction, Money, Positive, Section, Variant
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Rate = Annotated[float, Field(gt=0.0)]
 
 
@@ -51,6 +53,25 @@ class Settings(Section):
     """Whether keys and values of prompts are kept."""
 
     kv_cache_dtype: tuple[Literal["auto", "fp8"], ...] = ()
+    """Precision of the key-value cache."""
+
+
+class EngineChange(Section):
+    """What differs from the `engine` section; null is the recipe's own."""
+
+    max_num_seqs: Positive | None = None
+    """Sequences decoded together."""
+
+    max_num_batched_tokens: Positive | None = None
+    """Tokens computed in one pass."""
+
+    enable_chunked_prefill: bool | None = None
+    """Whether long prompts are cut."""
+
+    enable_prefix_caching: bool | None = None
+    """Whether keys and values of prompts are kept."""
+
+    kv_cache_dtype: Literal["auto", "fp8"] | None = None
     """Precision of the key-value cache."""
 
 
@@ -126,6 +147,10 @@ class Bench(Section):
     variants: tuple[Variant, ...] | None = None
     """What `bench frontier` compares; every model of the recipe when null."""
 
+    engines: dict[str, EngineChange] = {}
+    """Other settings of the engine, by name, under which `bench frontier` measures each of these
+    models too."""
+
     most_loss: Fraction = 0.02
     """How far above the reference's loss a model may be, for `bench frontier` to say that it keeps
     quality."""
@@ -151,4 +176,9 @@ class Bench(Section):
             raise ValueError("lengths is given exactly when prompts is synthetic")
         if (self.prompts == "log") != (self.log is not None):
             raise ValueError("log is given exactly when prompts is log")
+        for name, change in self.engines.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"engines: {name!r}: names are letters, digits, `.`, `_` and `-`")
+            if change == EngineChange():
+                raise ValueError(f"engines.{name} changes nothing")
         return self
