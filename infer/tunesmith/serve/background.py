@@ -6,9 +6,9 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 
-import aiohttp
 from aiohttp import web
 
+from tunesmith.serve.client import Answer, Client, LostError
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.usage import EventReader, read_answer
 from tunesmith.serve.routes import Route
@@ -18,22 +18,20 @@ _LARGEST_ANSWER_BYTES = 16 * 2**20
 _MOST_SHADOWS = 8
 
 
-async def ask(
-    client: aiohttp.ClientSession, governance: Governance, visit: Visit, upstream: Upstream
-) -> bytes:
+async def ask(client: Client, governance: Governance, visit: Visit, upstream: Upstream) -> bytes:
     """The whole answer of one upstream; empty where there is none. It is logged like any other."""
     visit.first = visit.arm = upstream
     with governance.visit(visit), held([upstream]), upstream.taken():
         visit.is_sent, visit.tried = True, 1
         try:
-            async with client.request(
+            with await client.ask(
                 visit.method,
                 f"{upstream.place.url}/{visit.path}",
-                data=visit.ask.sent(upstream.model, to_vllm=upstream.is_vllm),
                 headers={**upstream.headers, "Content-Type": "application/json"},
+                body=visit.ask.sent(upstream.model, to_vllm=upstream.is_vllm),
             ) as answer:
                 whole = await _read(answer, visit)
-        except aiohttp.ClientError:
+        except LostError:
             visit.status, visit.ending = 502, "lost"
             return b""
         visit.status = answer.status
@@ -42,10 +40,10 @@ async def ask(
         return whole if visit.ending == "complete" else b""
 
 
-async def _read(answer: aiohttp.ClientResponse, visit: Visit) -> bytes:
+async def _read(answer: Answer, visit: Visit) -> bytes:
     whole = bytearray()
     reader = EventReader(visit.ask, visit.usage) if visit.ask.is_stream else None
-    async for piece in answer.content.iter_any():
+    while piece := await answer.read():
         passed = reader.feed(piece) if reader else piece
         if len(whole) < _LARGEST_ANSWER_BYTES:
             whole += passed
@@ -61,9 +59,7 @@ class Shadows:
         self._governance = governance
         self._open: set[asyncio.Task[bytes]] = set()
 
-    def copy(
-        self, client: aiohttp.ClientSession, visit: Visit, route: Route, upstream: Upstream
-    ) -> None:
+    def copy(self, client: Client, visit: Visit, route: Route, upstream: Upstream) -> None:
         """Ask `upstream` the same, or count that it was too busy."""
         shadow = route.shadow
         if shadow is None or visit.ending != "complete" or not visit.ask.fields:

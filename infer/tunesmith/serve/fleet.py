@@ -11,9 +11,8 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import aiohttp
-
 from tunesmith.config import TunesmithError
+from tunesmith.serve.client import Client
 from tunesmith.serve.pins import Pin, unpin
 from tunesmith.serve.routes import Route, Table
 from tunesmith.serve.supervisor import Supervisor
@@ -60,7 +59,6 @@ class Fleet:
         self._declared = declared
         self._restarts_of_gone = 0
         self._watchers: list[asyncio.Task[None]] = []
-        self._client: aiohttp.ClientSession | None = None
 
     @property
     def restarts(self) -> int:
@@ -71,10 +69,10 @@ class Fleet:
     async def run(self) -> None:
         """Start everything, then go on until cancelled. Raises the error of the first engine that
         never became ready."""
-        async with aiohttp.ClientSession() as self._client:
+        async with Client() as client:
             for one in self.table.upstreams.values():
                 if isinstance(one.place, Attached):
-                    watch = one.place.watch(self._client, one)
+                    watch = one.place.watch(client, one)
                     self._watchers.append(asyncio.create_task(watch))
             # One after another: each measures the memory that is free when it starts.
             for host in list(self.engines.values()):

@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import aiohttp
+import yarl
 from aiohttp import web
 
+from tunesmith.serve.client import Answer, Client, LostError
 from tunesmith.serve.errors import ApiError, error_response
 from tunesmith.serve.govern.governance import Visit
 from tunesmith.serve.relay import RETRY_AFTER_S, lost, relay
@@ -27,7 +28,7 @@ class _FailedError(Exception):
 
 
 async def forward(
-    client: aiohttp.ClientSession,
+    client: Client,
     request: web.Request,
     visit: Visit,
     upstreams: Sequence[Upstream],
@@ -56,7 +57,7 @@ async def forward(
 
 
 async def _try(
-    client: aiohttp.ClientSession,
+    client: Client,
     request: web.Request,
     visit: Visit,
     upstream: Upstream,
@@ -72,11 +73,10 @@ async def _try(
         _check_room(upstream)
     with upstream.taken():
         visit.is_sent = True
-        answer, first = await _begin(client, request, visit, upstream, timeout_s)
-        async with answer:
+        with await _begin(client, request, visit, upstream, timeout_s) as answer:
             if not is_final and (answer.status >= 500 or answer.status in _FAILED):
                 raise _FailedError(str(answer.status))
-            return await relay(request, answer, first, visit, keep=keep)
+            return await relay(request, answer, visit, keep=keep)
 
 
 def _check_room(upstream: Upstream) -> None:
@@ -90,31 +90,27 @@ def _check_room(upstream: Upstream) -> None:
 
 
 async def _begin(
-    client: aiohttp.ClientSession,
+    client: Client,
     request: web.Request,
     visit: Visit,
     upstream: Upstream,
     timeout_s: float | None,
-) -> tuple[aiohttp.ClientResponse, bytes]:
-    """The answer with the first piece of its body."""
+) -> Answer:
     headers = {name: request.headers[name] for name in _TO_ENGINE if name in request.headers}
+    url = f"{upstream.place.url}/{visit.path}"
+    if request.query_string:
+        url += f"?{yarl.URL.build(query=request.query).raw_query_string}"
     try:
         async with asyncio.timeout(timeout_s):
-            answer = await client.request(
+            return await client.ask(
                 request.method,
-                f"{upstream.place.url}/{visit.path}",
-                params=request.query or None,
-                data=visit.ask.sent(upstream.model, to_vllm=upstream.is_vllm),
+                url,
                 headers={**headers, **upstream.headers, "X-Request-Id": visit.request_id},
+                body=visit.ask.sent(upstream.model, to_vllm=upstream.is_vllm),
             )
-            try:
-                return answer, await answer.content.readany()
-            except BaseException:
-                answer.close()
-                raise
     except TimeoutError as error:
         raise _FailedError("timeout") from error
-    except aiohttp.ClientError as error:
+    except LostError as error:
         if isinstance(upstream.place, Attached):
             upstream.place.doubt()
         raise _FailedError("lost") from error

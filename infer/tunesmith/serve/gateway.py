@@ -11,10 +11,10 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from tunesmith.serve.background import Shadows
+from tunesmith.serve.client import Client
 from tunesmith.serve.errors import SERVER, ApiError, shape_errors
 from tunesmith.serve.feedback.api import add_feedback
 from tunesmith.serve.forward import forward
@@ -62,7 +62,7 @@ class Gateway:
         self._is_draining = False
         self._live = Live()
         governance.observers.append(self._live.observe)
-        self._client: aiohttp.ClientSession
+        self._client: Client
         self.rollout_of: Callable[[str], Rollout | None] = lambda _: None
         """The rollout that a route is in, for the page."""
         self.requests = 0
@@ -87,7 +87,7 @@ class Gateway:
         app.router.add_route("*", "/v1/{path:.+}", self._forward)
         app.on_response_prepare.append(self._name_artifact)
         app.cleanup_ctx.extend(
-            (self._noting, self._session, self._shadows.ending, self._fresh_keys)
+            (self._noting, self._upstreams, self._shadows.ending, self._fresh_keys)
         )
         return app
 
@@ -103,18 +103,8 @@ class Gateway:
         yield
         self.governance.note()
 
-    async def _session(self, _app: web.Application) -> AsyncIterator[None]:
-        # Answers take as long as they take; the engine itself is watched by its process.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(
-            connector=connector,
-            # What an upstream sets for one client must not go with the requests of another.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=timeout,
-            auto_decompress=False,
-            headers={"Accept-Encoding": "identity"},
-        ) as self._client:
+    async def _upstreams(self, _app: web.Application) -> AsyncIterator[None]:
+        async with Client() as self._client:
             yield
 
     async def _fresh_keys(self, _app: web.Application) -> AsyncIterator[None]:

@@ -5,47 +5,42 @@ from __future__ import annotations
 import json
 import time
 
-import aiohttp
 from aiohttp import web
 
+from tunesmith.serve.client import Answer, LostError
 from tunesmith.serve.errors import error_body, error_response
 from tunesmith.serve.govern.governance import Visit
 from tunesmith.serve.govern.usage import EventReader, read_answer
 from tunesmith.serve.guard.rails import CUT, Screen
 
 RETRY_AFTER_S = "5"
-_TO_CLIENT = ("Content-Type", "Retry-After", "Cache-Control")
+_TO_CLIENT = {name.lower(): name for name in ("Content-Type", "Retry-After", "Cache-Control")}
 _EVENTS = "text/event-stream"
 _LOST = "the engine stopped before the answer was complete; send the request again"
 _LARGEST_READ_BYTES = 16 * 2**20
 
 
 async def relay(
-    request: web.Request,
-    answer: aiohttp.ClientResponse,
-    first: bytes,
-    visit: Visit,
-    *,
-    keep: bool,
+    request: web.Request, answer: Answer, visit: Visit, *, keep: bool
 ) -> web.StreamResponse:
     """Pass an answer, of which the first piece is here, on and note in `visit` what it says; `keep`
     its bytes there too."""
-    headers = {name: answer.headers[name] for name in _TO_CLIENT if name in answer.headers}
+    found = answer.headers
+    headers = {name: found[key] for key, name in _TO_CLIENT.items() if key in found}
     headers["X-Request-Id"] = visit.request_id
     is_stream = answer.content_type == _EVENTS
     screen = visit.screen if visit.screen and visit.screen.checks_answers else None
     if screen and not is_stream:
-        return await _checked(request, answer, first, headers, visit, screen, keep=keep)
-    if not is_stream and answer.content.at_eof():
-        return await _whole(request, answer, first, headers, visit, keep=keep)
+        return await _checked(request, answer, headers, visit, screen, keep=keep)
+    if not is_stream and answer.is_whole:
+        return await _whole(request, answer, headers, visit, keep=keep)
     reader = EventReader(visit.ask, visit.usage) if is_stream else None
     response = web.StreamResponse(status=answer.status, headers=headers)
     response.content_length = None if is_stream else answer.content_length
     whole = bytearray()
     await response.prepare(request)
     try:
-        chunk = first
-        while chunk:
+        while chunk := await answer.read():
             if visit.first_piece_s is None and is_stream:
                 visit.first_piece_s = time.perf_counter() - visit.started_s
             passed = reader.feed(chunk) if reader else chunk
@@ -55,8 +50,7 @@ async def relay(
                 whole += passed
             if passed:
                 await response.write(passed)
-            chunk = await answer.content.readany()
-    except aiohttp.ClientPayloadError:
+    except LostError:
         return await _cut(request, response, visit, is_stream=is_stream)
     if reader:
         rest = reader.close()
@@ -76,14 +70,14 @@ async def relay(
 
 async def _whole(
     request: web.Request,
-    answer: aiohttp.ClientResponse,
-    body: bytes,
+    answer: Answer,
     headers: dict[str, str],
     visit: Visit,
     *,
     keep: bool,
 ) -> web.StreamResponse:
     """Pass an answer that is all here on in one write, and look into it afterwards."""
+    body = await answer.read()
     response = web.Response(status=answer.status, headers=headers, body=body)
     await response.prepare(request)
     await response.write_eof()
@@ -92,21 +86,20 @@ async def _whole(
     return response
 
 
-def _read(answer: aiohttp.ClientResponse, body: bytes, visit: Visit, *, keep: bool) -> None:
+def _read(answer: Answer, body: bytes, visit: Visit, *, keep: bool) -> None:
     if answer.content_type == "application/json":
         read_answer(body, visit.usage)
     visit.answer = body if keep else b""
 
 
-def _end(answer: aiohttp.ClientResponse, visit: Visit) -> None:
+def _end(answer: Answer, visit: Visit) -> None:
     visit.status = answer.status
     visit.ending = "error" if answer.status >= 400 or visit.usage.error else "complete"
 
 
 async def _checked(
     request: web.Request,
-    answer: aiohttp.ClientResponse,
-    first: bytes,
+    answer: Answer,
     headers: dict[str, str],
     visit: Visit,
     screen: Screen,
@@ -114,11 +107,11 @@ async def _checked(
     keep: bool,
 ) -> web.StreamResponse:
     """Pass a whole answer on after the guardrails have seen all of it."""
-    whole = bytearray(first)
+    whole = bytearray()
     try:
-        while chunk := await answer.content.readany():
+        while chunk := await answer.read():
             whole += chunk
-    except aiohttp.ClientPayloadError:
+    except LostError:
         return lost(visit)
     read_answer(bytes(whole), visit.usage)
     passed = await screen.whole(bytes(whole))

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import aiohttp
-
+from tunesmith.serve.client import Client, LostError
 from tunesmith.serve.govern.measure import Measure
 from tunesmith.serve.govern.price import TokenPrice
 from tunesmith.terminal import log
@@ -103,12 +102,15 @@ class Upstream:
             self.open -= 1
             self.load.open -= 1
 
-    async def model_len(self, client: aiohttp.ClientSession) -> int:
+    async def model_len(self, client: Client) -> int:
         """The longest prompt and answer together; an engine is asked once. Of an API that does not
         tell it is as long as any model's, so that nothing more than was reserved can be used."""
         if self.max_model_len is None and self.is_vllm:
             url = f"{self.place.url}/models"
-            async with client.get(url, headers=self.headers) as answer:
+            with (
+                contextlib.suppress(LostError),  # which whoever asks it next finds out
+                await client.ask("GET", url, headers=self.headers) as answer,
+            ):
                 (model, *_) = (await answer.json())["data"]
                 self.max_model_len = int(model["max_model_len"])
         return self.max_model_len or _UNKNOWN_MODEL_LEN
@@ -139,7 +141,7 @@ class Attached:
         self.is_ready = False
         self._again.set()
 
-    async def watch(self, client: aiohttp.ClientSession, upstream: Upstream) -> None:
+    async def watch(self, client: Client, upstream: Upstream) -> None:
         """Keep `is_ready` true to life, and `upstream` to what the API says of its model, until
         cancelled."""
         said: str | None = None
@@ -155,18 +157,21 @@ class Attached:
             if self._again.is_set():
                 await asyncio.sleep(_PROBE_INTERVAL_S / 10)
 
-    async def _probe(self, client: aiohttp.ClientSession, upstream: Upstream) -> str | None:
+    async def _probe(self, client: Client, upstream: Upstream) -> str | None:
         """What is wrong with it; None when nothing is. An API need not list its models."""
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                async with client.get(f"{self.url}/models", headers=self.headers) as answer:
+                url = f"{self.url}/models"
+                with await client.ask("GET", url, headers=self.headers) as answer:
                     if answer.status in (401, 403):
                         return f"refuses the key (HTTP {answer.status})"
+                    if target := answer.headers.get("location"):
+                        return f"redirects to {target}; what is there belongs into its url"
                     if answer.status >= 500:
                         return f"answers HTTP {answer.status}"
                     if answer.status == 200:
-                        _read(await answer.json(content_type=None), upstream)
-        except (aiohttp.ClientError, TimeoutError) as error:
+                        _read(await answer.json(), upstream)
+        except (LostError, TimeoutError) as error:
             return f"cannot be reached: {str(error) or type(error).__name__}"
         except ValueError:
             return "answers something that is no list of models; is its url right?"

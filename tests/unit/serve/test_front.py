@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from certificates import certificate
 from gateways import Served, asynchronous, before, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,19 +279,6 @@ def test_any_json_gets_an_answer_or_a_refusal() -> None:
             assert len(served.lines()) == len(bodies)
 
     send()
-
-
-def certificate(folder: Path) -> dict[str, str]:
-    files = {"certificate": str(folder / "c.pem"), "key": str(folder / "k.pem")}
-    subprocess.run(
-        [
-            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-            "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-            "subjectAltName=IP:127.0.0.1", "-out", files["certificate"], "-keyout", files["key"],
-        ],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return files
 
 
 def test_a_certificate_that_is_none_is_told(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gateways import Fixed, Served, asynchronous, behind, gateway
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.serve.client import Client
 from tunesmith.serve.govern.archive import archive, read_log
 from tunesmith.serve.govern.database import open_gateway, requests
 from tunesmith.serve.govern.keys import create_key
@@ -44,6 +45,8 @@ class Mock:
         if request.path == "/v1/models":
             if self.fault == "key" and request.headers.get("Authorization") != "Bearer s3cret":
                 return web.json_response({}, status=401)
+            if self.fault == "moved":
+                raise web.HTTPPermanentRedirect("https://example.com/v2/models")
             return web.json_response({"data": [{"id": "there", "max_model_len": 4096}]})
         body = await request.json()
         self.asked.append(body)
@@ -230,10 +233,10 @@ async def test_a_budget_holds_whoever_answers_and_each_at_its_own_price() -> Non
 @asynchronous
 async def test_an_attached_api_is_watched_and_gets_its_key() -> None:
     mock = Mock("a", "key")
-    async with behind(mock.answer) as url, aiohttp.ClientSession() as session:
+    async with behind(mock.answer) as url, Client() as asking:
         place = Attached("a", url, {"Authorization": "Bearer s3cret"})
         upstream = Upstream("a", "there", place, "x", headers=place.headers, is_vllm=False)
-        watching = asyncio.create_task(place.watch(session, upstream))
+        watching = asyncio.create_task(place.watch(asking, upstream))
         while not place.is_ready:
             await asyncio.sleep(0.01)
         assert upstream.max_model_len == 4096 and not upstream.is_vllm
@@ -251,7 +254,10 @@ async def test_an_attached_api_is_watched_and_gets_its_key() -> None:
             assert "s3cret" not in json.dumps(served.lines(), default=str)
         wrong = Attached("a", url, {})
         mock.fault = "key"
-        assert "refuses the key" in str(await wrong._probe(session, upstream))
+        assert "refuses the key" in str(await wrong._probe(asking, upstream))
+        mock.fault = "moved"
+        moved = await wrong._probe(asking, upstream)
+        assert moved and "redirects to https://example.com/v2/models" in moved
         watching.cancel()
 
 

@@ -8,11 +8,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tunesmith.config import DataError, UserError
 from tunesmith.serve.background import ask
+from tunesmith.serve.client import Client
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.usage import read_ask
 from tunesmith.serve.upstream import Upstream
@@ -80,7 +80,7 @@ def read_probes(path: Path | None) -> tuple[Probe, ...]:
 
 
 async def passes(
-    client: aiohttp.ClientSession,
+    client: Client,
     governance: Governance,
     probe: Probe,
     upstream: Upstream,

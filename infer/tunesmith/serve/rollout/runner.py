@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import aiohttp
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
 from tunesmith.config import UserError
+from tunesmith.serve.client import Client
 from tunesmith.serve.fleet import Fleet
 from tunesmith.serve.govern.governance import Governance, Visit
 from tunesmith.serve.govern.journal import Entry
@@ -93,7 +93,7 @@ class Rollouts:
                 rollout.state = "aborted"
                 gone = Decision("abort", "an arm of it is gone")
                 await asyncio.to_thread(save, self._database, rollout, gone, step=rollout.step)
-        async with aiohttp.ClientSession() as client:
+        async with Client() as client:
             probing = asyncio.create_task(self._ask_probes(client))
             try:
                 while True:
@@ -199,7 +199,7 @@ class Rollouts:
         await asyncio.to_thread(save, self._database, rollout, decision, step=step, evidence=seen)
         await asyncio.to_thread(self.on_move, rollout.route)
 
-    async def _ask_probes(self, client: aiohttp.ClientSession) -> None:
+    async def _ask_probes(self, client: Client) -> None:
         """One question after another, to both arms, while both have room to spare."""
         while True:
             asked = False
@@ -208,7 +208,7 @@ class Rollouts:
             if not asked:
                 await asyncio.sleep(_INTERVAL_S / 5)
 
-    async def _probe(self, client: aiohttp.ClientSession, live: _Live) -> bool:
+    async def _probe(self, client: Client, live: _Live) -> bool:
         rollout, table = live.rollout, self._fleet.table
         at = rollout.evidence.probes
         if at >= min(rollout.plan.probes, len(self._probes)):
