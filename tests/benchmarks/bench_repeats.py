@@ -4,8 +4,10 @@ python tests/benchmarks/bench_repeats.py --model FOLDER --out docs/measured/benc
 
 `FOLDER` is a chat model. One engine, `--repeats` runs of a full queue through a relay that changes
 nothing (A), and as many through one that holds every piece of an answer back until 1.15 times its
-time has passed (B). Of 20: the interval of A's throughput covers the mean of all A in 18 at least,
-neighbours among A are told apart in 2 at most, and B is found slower than A in 18 at least.
+time has passed (B). All runs take turns, round by round: what the machine does in these minutes is
+then in the rounds of each, and neighbours meet it alike. Of 20: the interval of A's throughput
+covers the mean of all A in 18 at least, neighbours among A are told apart in 2 at most, and B is
+found slower than A in 18 at least.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from benchmark import describe, finish
 from tunesmith.bench import compare
 from tunesmith.bench.client import open_session
 from tunesmith.bench.generator import Generator
-from tunesmith.bench.measure import Instruments, Meter, Target, open_meter
+from tunesmith.bench.measure import Instruments, Phase, Target, open_meter
 from tunesmith.bench.results import phase_figures
 from tunesmith.bench.traffic import synthetic_prompts
+from tunesmith.bench.validity import Evidence, faults
 from tunesmith.config.schema.bench import Bench
 from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
@@ -39,7 +42,7 @@ LEAST_RIGHT = 0.9  # of all repeats
 BENCH = Bench.model_validate(
     {
         "requests": 96,
-        "rounds": 4,
+        "rounds": 8,
         "concurrency": 16,
         "prompts": "synthetic",
         "lengths": [{"input_tokens": 64, "output_tokens": 64}],
@@ -78,8 +81,8 @@ def _judge(same: list[compare.Measured], slower: list[compare.Measured]) -> dict
     """Of A's runs the first only stands before the second."""
     rates = [one.figures["output_tokens_per_s"] for one in same]
     pooled = mean(rate["value"] for rate in rates)
-    neighbours = [compare.compare(*pair) for pair in zip(same, same[1:], strict=False)]
-    pairs = [compare.compare(a, b) for a, b in zip(same, slower, strict=False)]
+    neighbours = [compare.compare(*two, in_turns=True) for two in zip(same, same[1:], strict=False)]
+    pairs = [compare.compare(*two, in_turns=True) for two in zip(same, slower, strict=False)]
     return {
         "pooled_tokens_per_s": pooled,
         "covered": sum(rate["low"] <= pooled <= rate["high"] for rate in rates[1:]),
@@ -92,29 +95,34 @@ def _judge(same: list[compare.Measured], slower: list[compare.Measured]) -> dict
 
 
 async def _runs(url: str, generator: Generator, repeats: int) -> dict[str, list[compare.Measured]]:
-    """One A more than B, in turns."""
-    found: dict[str, list[compare.Measured]] = {"A": [], "B": []}
+    """One A more than B: the first round of each, then the second of each, and so on."""
+    order = [(name, place) for place in range(repeats) for name in "AB"] + [("A", repeats)]
+    rounds: dict[tuple[str, int], list[Evidence]] = {run: [] for run in order}
     async with open_session() as session, _relay(url, 1.0) as plain, _relay(url, SLOWNESS) as late:
         tools = Instruments(session, generator)
-        meters = [
-            await open_meter(Target(name, at, "bench"), BENCH, seed, tools,
-                             synthetic_prompts(BENCH, 1))
-            for name, at, seed in (("A", plain, 1), ("B", late, 1))
-        ]  # fmt: skip
-        await meters[0].warm_up()
-        for _ in range(repeats):
-            for meter in meters:
-                found[meter.target.name].append(await _run(meter))
-        found["A"].append(await _run(meters[0]))
+        meters = {
+            name: await open_meter(
+                Target(name, at, "bench"), BENCH, seed, tools, synthetic_prompts(BENCH, 1)
+            )
+            for name, at, seed in (("A", plain, 1), ("B", late, 2))
+        }
+        await meters["A"].warm_up()
+        for _ in range(BENCH.rounds):
+            for name, place in order:
+                phase = await meters[name].full_queue(rounds=1)
+                rounds[name, place] += phase.rounds
+    found: dict[str, list[compare.Measured]] = {"A": [], "B": []}
+    for (name, place), measured in rounds.items():
+        found[name].append(_run(f"{name}{place}", measured))
     return found
 
 
-async def _run(meter: Meter) -> compare.Measured:
-    phase = await meter.full_queue()
-    faults = [{"check": fault.check, "detail": fault.detail} for fault in phase.faults]
-    figures = phase_figures(phase, BENCH, 1) | {"valid": not faults, "faults": faults}
-    rounds = [(list(one.samples), one.window) for one in phase.rounds]
-    return compare.Measured(meter.target.name, "batch", {}, figures, rounds)
+def _run(name: str, measured: list[Evidence]) -> compare.Measured:
+    found = Phase(tuple(measured), faults(measured))
+    told = [{"check": fault.check, "detail": fault.detail} for fault in found.faults]
+    figures = phase_figures(found, BENCH, 1) | {"valid": not told, "faults": told}
+    rounds = [(list(one.samples), one.window) for one in measured]
+    return compare.Measured(name, "batch", {}, figures, rounds)
 
 
 async def _read(

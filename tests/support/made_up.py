@@ -98,6 +98,7 @@ def frontier() -> dict[str, Any]:
                 "variant": name,
                 **one["figures"],
                 "loss_change": {"value": loss, "low": loss - 0.002, "high": loss + 0.002},
+                "speed_change": {"value": 0.3 * place, "low": 0.3 * place, "high": 0.3 * place},
                 "usd_per_million_output_tokens": 4.0 / (1 + place),
                 "weights_bytes": 2**24 // (1 + place),
                 "engine_bytes": 2**30,

@@ -1,15 +1,17 @@
-"""Two measurements that share nothing but their method: how far apart, and whether it is shown.
-Pure."""
+"""Two measurements of rounds: how far apart they are, and whether that is shown. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import variance
+from statistics import mean, variance
 
 from tunesmith.statistics.bootstrap import Interval
 
-_ENOUGH_ROUNDS = 3
+ENOUGH_ROUNDS = 3
+"""From so many rounds on their spread says something; of two, Student's interval is twelve times as
+wide."""
+
 _NORMAL = 1.96
 # Student's t for 95 %, by degrees of freedom; beyond the last the normal's is near enough.
 _STUDENT = {
@@ -38,12 +40,20 @@ def relative_difference(
     return Interval(*(math.expm1(at) for at in (ratio, ratio - half, ratio + half)))
 
 
-def with_rounds(level: Interval, rounds: Sequence[float]) -> Interval:
-    """The interval of a run, or that of its rounds where it is wider and there are enough.
+def difference_in_turns(rounds: Sequence[float], other_rounds: Sequence[float]) -> Interval:
+    """How far `rounds` are above `other_rounds`, relative to them, where each was measured right
+    before or after the other's of its place: what the machine did then is in both. 95 %, by
+    Student's t of the logarithms of their ratios."""
+    pairs = zip(rounds, other_rounds, strict=True)
+    logs = [math.log(one / other) for one, other in pairs]
+    half = _student(len(logs) - 1) * math.sqrt(variance(logs) / len(logs))
+    middle = mean(logs)
+    return Interval(*(math.expm1(at) for at in (middle, middle - half, middle + half)))
 
-    Of two, Student's interval is twelve times as wide as their spread, and says nothing.
-    """
-    if level.value <= 0 or len(rounds) < _ENOUGH_ROUNDS or min(rounds) <= 0:
+
+def with_rounds(level: Interval, rounds: Sequence[float]) -> Interval:
+    """The interval of a run, or that of its rounds where it is wider and there are enough."""
+    if level.value <= 0 or len(rounds) < ENOUGH_ROUNDS or min(rounds) <= 0:
         return level
     logs = [math.log(value) for value in rounds]
     factor = math.exp(_student(len(logs) - 1) * math.sqrt(variance(logs) / len(logs)))

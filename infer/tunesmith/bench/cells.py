@@ -24,8 +24,8 @@ def usd(value: float | None) -> str:
 def frontier_columns() -> list[str]:
     """Of the table of `bench frontier`."""
     return [
-        "Model", "Loss, %", "Tokens/s", "Goodput/s", "TTFT ms, p50 / p95", "USD per M in / out",
-        "Weights / engine", "Keeps", "Pareto", "Run",
+        "Model", "Loss, %", "Tokens/s", "Change, %", "Goodput/s", "TTFT ms, p50 / p95",
+        "USD per M in / out", "Weights / engine", "Keeps", "Pareto", "Run",
     ]  # fmt: skip
 
 
@@ -33,12 +33,13 @@ def frontier_row(cell: Mapping[str, Any]) -> list[str]:
     """One model; every cell that is empty has its reason below the table."""
     if "refused" in cell:
         return [cell["variant"], *[NOTHING] * (len(frontier_columns()) - 2), "refused"]
-    change, rate = cell["loss_change"], cell["output_tokens_per_s"]
+    change, rate, speed = cell["loss_change"], cell["output_tokens_per_s"], cell["speed_change"]
     kept = {"quality": cell["keeps_quality"], "SLO": cell["keeps_slo"]}
     return [
         cell["variant"],
         _change(change) if change else NOTHING,
         f"{rate['value']:,.0f}" if rate else NOTHING,
+        _change(speed) if speed else NOTHING,
         f"{cell['goodput']['requests_per_s']:.2f}",
         pair(cell["ttft_ms"]),
         f"{usd(cell['usd_per_million_input_tokens'])} / "

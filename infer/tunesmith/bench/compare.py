@@ -23,7 +23,11 @@ from tunesmith.bench.figures import (
 from tunesmith.config import UserError
 from tunesmith.ledger import Store
 from tunesmith.statistics import Interval
-from tunesmith.statistics.independent import relative_difference
+from tunesmith.statistics.independent import (
+    ENOUGH_ROUNDS,
+    difference_in_turns,
+    relative_difference,
+)
 from tunesmith.terminal import make_table
 
 SCHEMA = 2
@@ -95,35 +99,39 @@ def read_measured(store: Store, reference: str) -> dict[str, Measured]:
     return kept
 
 
-def compare(left: Measured, right: Measured) -> dict[str, Any]:
+def compare(left: Measured, right: Measured, *, in_turns: bool = False) -> dict[str, Any]:
     """How `right` differs from `left`: every figure with its interval, and one verdict.
 
     The verdict is that of one figure, named before anything was measured: the more figures are
-    asked, the more of them differ by chance.
+    asked, the more of them differ by chance. Where the rounds were measured in turns, the interval
+    is that of their pairs, and a machine that changes meanwhile is no fault: it did so for both.
     """
     _require_same_load(left, right)
-    changes = {name: change._asdict() for name, change in _changes(left, right).items()}
+    in_turns = in_turns and len(left.rounds) == len(right.rounds) >= ENOUGH_ROUNDS
+    changes = {name: change._asdict() for name, change in _changes(left, right, in_turns).items()}
+    borne = {"noisy_machine"} if in_turns else set()
+    faults = {
+        one.name: found
+        for one in (left, right)
+        if (found := [fault for fault in one.figures["faults"] if fault["check"] not in borne])
+    }
     judged = "output_tokens_per_s" if left.mode == "batch" else "e2e_ms p50"
     return {
         "a": left.name,
         "b": right.name,
         "mode": left.mode,
         "judged": judged,
-        "verdict": verdict(left, right, changes.get(judged), higher=left.mode == "batch"),
+        "verdict": verdict(changes.get(judged), is_valid=not faults, higher=left.mode == "batch"),
         "changes": changes,
-        "faults": {
-            one.name: one.figures["faults"] for one in (left, right) if one.figures["faults"]
-        },
+        "faults": faults,
         "rounds": [len(left.rounds), len(right.rounds)],
         "same_work": _work(left) == _work(right),
     }
 
 
-def verdict(
-    left: Measured, right: Measured, change: Mapping[str, float] | None, *, higher: bool
-) -> str:
+def verdict(change: Mapping[str, float] | None, *, is_valid: bool, higher: bool) -> str:
     """faster, slower, no difference shown; invalid where a run may not be believed."""
-    if change is None or not (left.figures["valid"] and right.figures["valid"]):
+    if change is None or not is_valid:
         return "invalid"
     if change["low"] <= 0 <= change["high"]:
         return "no difference shown"
@@ -169,7 +177,7 @@ def _levels(one: Measured) -> dict[str, Interval]:
     return found
 
 
-def _changes(left: Measured, right: Measured) -> dict[str, Interval]:
+def _changes(left: Measured, right: Measured, in_turns: bool) -> dict[str, Interval]:
     levels = [_levels(one) for one in (left, right)]
     points = [[round_figures(*part) for part in one.rounds] for one in (left, right)]
     found = {}
@@ -177,7 +185,10 @@ def _changes(left: Measured, right: Measured) -> dict[str, Interval]:
         if not all(name in level and level[name].value > 0 for level in levels):
             continue
         a, b = ([part[name] for part in column if part.get(name, 0.0) > 0] for column in points)
-        found[name] = relative_difference(levels[1][name], levels[0][name], b, a)
+        if in_turns and len(a) == len(b) == len(left.rounds):
+            found[name] = difference_in_turns(b, a)
+        else:
+            found[name] = relative_difference(levels[1][name], levels[0][name], b, a)
     return found
 
 

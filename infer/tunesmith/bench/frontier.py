@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tunesmith.bench.cells import frontier_columns, frontier_row
 from tunesmith.bench.choice import choose, verdict
+from tunesmith.bench.figures import tokens_per_s
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
 from tunesmith.bench.rig import Rig, bench_of, hour_usd, open_rig, write_bench, write_json
 from tunesmith.bench.roofline import weights_bytes
@@ -29,6 +30,7 @@ from tunesmith.ledger import Artifact, Work
 from tunesmith.pipeline import Stages
 from tunesmith.pipeline.verdict import require_approval
 from tunesmith.statistics import compare
+from tunesmith.statistics.independent import ENOUGH_ROUNDS, difference_in_turns
 from tunesmith.terminal import log, make_table
 
 
@@ -118,6 +120,7 @@ def _entry(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
         **priced(saturated, rig.hour_usd, share),
         "usd_per_accepted_request": at_rate["usd_per_accepted_request"],
         "output_tokens_per_s": saturated["output_tokens_per_s"],
+        "rounds_tokens_per_s": [tokens_per_s(one.samples, one.window) for one in full_queue.rounds],
         "goodput": arriving["goodput"],
         "ttft_ms": arriving["ttft_ms"],
         "tpot_ms": arriving["tpot_ms"],
@@ -135,7 +138,12 @@ def result_of(stages: Stages, artifact: Artifact) -> dict[str, Any]:
     variants = artifact.manifest.metrics["variants"]
     reference = "tuned" if "tuned" in variants else next(iter(variants))
     cells = [
-        {"variant": name, **entry, **_quality(stages, entry, reference)}
+        {
+            "variant": name,
+            **entry,
+            **_quality(stages, entry, reference),
+            "speed_change": _speed(entry, variants[reference]),
+        }
         for name, entry in variants.items()
     ]
     chosen = choose(cells, bench_of(stages).most_loss)
@@ -166,6 +174,14 @@ def _quality(stages: Stages, entry: Mapping[str, Any], reference: str) -> dict[s
     if found is None or found.relative is None:
         return {"loss_change": None, "quality": "no row was measured for both"}
     return {"loss_change": found.relative._asdict(), "quality": "measured"}
+
+
+def _speed(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float] | None:
+    """The change of throughput against the reference, round by round, with its interval."""
+    rounds, others = (one.get("rounds_tokens_per_s", []) for one in (entry, reference))
+    if entry is reference or len(rounds) < ENOUGH_ROUNDS or not all([*rounds, *others]):
+        return None
+    return difference_in_turns(rounds, others)._asdict() if others else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

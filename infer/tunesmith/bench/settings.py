@@ -141,7 +141,7 @@ def _step(turns: Turns, key: str, settings: Mapping[Any, Engine]) -> Step:
         raise ModelError(own["refused"])
     for entry in tried:
         if "refused" not in entry:
-            found = compare(_measured(own), _measured(entry))
+            found = compare(_measured(own), _measured(entry), in_turns=True)
             entry["change"] = found["changes"].get("output_tokens_per_s")
             entry["verdict"] = found["verdict"]
     better = [

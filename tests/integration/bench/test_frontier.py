@@ -117,7 +117,7 @@ def test_models_under_other_settings_of_the_engine(
 ) -> None:
     bench = BENCH | {
         "variants": ["tuned", "w4a16"],
-        "rounds": 1,
+        "rounds": 3,
         "engines": {"narrow": {"max_num_seqs": 2}, "fp8-cache": {"kv_cache_dtype": "fp8"}},
     }
     recipe = stages.recipe.model_copy(update={"bench": Bench.model_validate(bench)})
@@ -135,6 +135,9 @@ def test_models_under_other_settings_of_the_engine(
         cells[name]["output_tokens_per_s"]["value"] for name in ("tuned", "tuned · narrow")
     )
     assert own == pytest.approx(1.6 * narrow, rel=0.15)
+    assert cells["tuned"]["speed_change"] is None
+    slower = cells["tuned · narrow"]["speed_change"]
+    assert slower["low"] < 1 / 1.6 - 1 < slower["high"] < 0
     assert cells["w4a16"]["loss_change"]["value"] == pytest.approx(0.01)
     assert cells["w4a16 · narrow"]["loss_change"] == cells["w4a16"]["loss_change"]
     other = cells["tuned · fp8-cache"]

@@ -53,12 +53,13 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-def full_queue(seed, slowness=1.0, rounds=4):
-    """Eight places, all busy, whose answers take 0.5 s and wander."""
+def full_queue(seed, slowness=1.0, rounds=4, machine=None):
+    """Eight places, all busy, whose answers take 0.5 s and wander; `machine` is its speed in each
+    round."""
     own = random.Random(seed)
     samples, spans = [], []
-    for place in range(rounds):
-        speed = own.gauss(1.0, 0.02) / slowness
+    for place, pace in enumerate(machine or [1.0] * rounds):
+        speed = own.gauss(pace, 0.02 * pace) / slowness
         free_s = [0.0] * 8
         for index in range(80):
             at = min(range(8), key=free_s.__getitem__)
@@ -125,6 +126,25 @@ def test_an_invalid_run_gives_no_verdict(tmp_path, store):
     Console(file=text, width=200).print(compare.show(found))
     assert "INVALID: errors: 3 of 80 failed" in text.getvalue()
     assert "With one round" in text.getvalue()
+
+
+def test_in_turns_a_machine_may_change(store, tmp_path):
+    machine = [1.0, 1.05, 0.7, 0.72, 1.1, 0.65, 0.9, 1.0]
+    fault = {"check": "noisy_machine", "detail": "rounds of the same load lie 50% apart"}
+
+    def made(name, seed, slowness=1.0, check="noisy_machine"):
+        entry = full_queue(seed, slowness, machine=machine)
+        entry["figures"] = {"valid": False, "faults": [fault | {"check": check}]}
+        (found,) = compare.read_measured(store, written(tmp_path, name, entry, "batch")).values()
+        return found
+
+    one, other, slow = made("a", 1), made("b", 2), made("c", 3, 1.08)
+    assert compare.compare(one, slow)["verdict"] == "invalid", "one after the other"
+    assert compare.compare(one, other, in_turns=True)["verdict"] == "no difference shown"
+    found = compare.compare(one, slow, in_turns=True)
+    assert found["verdict"] == "slower" and not found["faults"]
+    failed = made("d", 4, check="errors")
+    assert compare.compare(one, failed, in_turns=True)["verdict"] == "invalid"
 
 
 def test_other_loads_are_not_compared(tmp_path, store):
