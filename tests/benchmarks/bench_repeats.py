@@ -2,12 +2,11 @@
 
 python tests/benchmarks/bench_repeats.py --model FOLDER --out docs/measured/bench-repeats-cpu.json
 
-`FOLDER` is a chat model. One engine, `--repeats` runs of a full queue through a relay that changes
-nothing (A), and as many through one that holds every piece of an answer back until 1.15 times its
-time has passed (B). All runs take turns, round by round: what the machine does in these minutes is
-then in the rounds of each, and neighbours meet it alike. Of 20: the interval of A's throughput
-covers the mean of all A in 18 at least, neighbours among A are told apart in 2 at most, and B is
-found slower than A in 18 at least.
+`FOLDER` is a chat model. One engine, `--repeats` runs of a full queue (A), and as many while its
+processes stand still for 15 of every 115 ms (B). All runs take turns, round by round: what the
+machine does in these minutes is then in the rounds of each, and neighbours meet it alike. Of 20:
+the interval of A's throughput covers the mean of all A in 18 at least, neighbours among A are told
+apart in 2 at most, and B is found slower than A in 18 at least.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
+import signal
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import aiohttp
-from aiohttp import web
 from benchmark import describe, finish
 
 from tunesmith.bench import compare
@@ -37,7 +35,7 @@ from tunesmith.config.schema.bench import Bench
 from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
-SLOWNESS = 1.15
+SLOWNESS, CYCLE_S = 1.15, 0.1
 LEAST_RIGHT = 0.9  # of all repeats
 BENCH = Bench.model_validate(
     {
@@ -66,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Generator() as generator:
         log_path = Path(folder) / "engine.log"
         with EngineServer(spec, log_path=log_path) as server:
-            runs = asyncio.run(_runs(server.url, generator, options.repeats))
+            runs = asyncio.run(_runs(server, generator, options.repeats))
     found = _judge(runs["A"], runs["B"])
     least = LEAST_RIGHT * options.repeats
     missed = [f"{name}: {found[name]} of {options.repeats}" for name in _COUNTED
@@ -94,22 +92,22 @@ def _judge(same: list[compare.Measured], slower: list[compare.Measured]) -> dict
     }
 
 
-async def _runs(url: str, generator: Generator, repeats: int) -> dict[str, list[compare.Measured]]:
+async def _runs(
+    server: EngineServer, generator: Generator, repeats: int
+) -> dict[str, list[compare.Measured]]:
     """One A more than B: the first round of each, then the second of each, and so on."""
     order = [(name, place) for place in range(repeats) for name in "AB"] + [("A", repeats)]
     rounds: dict[tuple[str, int], list[Evidence]] = {run: [] for run in order}
-    async with open_session() as session, _relay(url, 1.0) as plain, _relay(url, SLOWNESS) as late:
-        tools = Instruments(session, generator)
-        meters = {
-            name: await open_meter(
-                Target(name, at, "bench"), BENCH, seed, tools, synthetic_prompts(BENCH, 1)
-            )
-            for name, at, seed in (("A", plain, 1), ("B", late, 2))
-        }
-        await meters["A"].warm_up()
+    group = server.pid
+    assert group
+    async with open_session() as session:
+        target, tools = Target("engine", server.url, "bench"), Instruments(session, generator)
+        meter = await open_meter(target, BENCH, 1, tools, synthetic_prompts(BENCH, 1))
+        await meter.warm_up()
         for _ in range(BENCH.rounds):
             for name, place in order:
-                phase = await meters[name].full_queue(rounds=1)
+                async with _slower(group) if name == "B" else contextlib.nullcontext():
+                    phase = await meter.full_queue(rounds=1)
                 rounds[name, place] += phase.rounds
     found: dict[str, list[compare.Measured]] = {"A": [], "B": []}
     for (name, place), measured in rounds.items():
@@ -125,55 +123,26 @@ def _run(name: str, measured: list[Evidence]) -> compare.Measured:
     return compare.Measured(name, "batch", {}, figures, rounds)
 
 
-async def _read(
-    answer: aiohttp.ClientResponse, arrived: asyncio.Queue[tuple[float, bytes]]
-) -> None:
-    """Every piece with its moment; an empty one at the end."""
-    async for data in answer.content.iter_any():
-        arrived.put_nowait((time.perf_counter(), data))
-    arrived.put_nowait((time.perf_counter(), b""))
-
-
 @contextlib.asynccontextmanager
-async def _relay(url: str, slowness: float) -> AsyncIterator[str]:
-    """The URL of a relay that lets answers through when `slowness` times their time has passed."""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as upstream:
+async def _slower(group: int) -> AsyncIterator[None]:
+    """Meanwhile all processes of an engine stand still for a part of the time."""
 
-        async def forward(request: web.Request) -> web.StreamResponse:
-            started_s = time.perf_counter()
-            target = url.removesuffix("/v1") + request.path
-            body = await request.read()
-            async with upstream.request(
-                request.method, target, data=body, headers={"Content-Type": "application/json"}
-            ) as answer:
-                response = web.StreamResponse(
-                    status=answer.status, headers={"Content-Type": answer.content_type}
-                )
-                await response.prepare(request)
-                arrived: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-                reading = asyncio.create_task(_read(answer, arrived))
-                while True:
-                    # Stamped as it came: what waits for earlier pieces is no slower for it.
-                    arrived_s, data = await arrived.get()
-                    if not data:
-                        break
-                    due_s = started_s + slowness * (arrived_s - started_s)
-                    if slowness > 1:
-                        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                    await response.write(data)
-                await reading
-                return response
+    async def halt() -> None:
+        while True:
+            await asyncio.sleep(CYCLE_S)
+            os.killpg(group, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(CYCLE_S * (SLOWNESS - 1))
+            finally:
+                os.killpg(group, signal.SIGCONT)
 
-        app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{path:.*}", forward)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0][:2]
-        try:
-            yield f"http://{host}:{port}/v1"
-        finally:
-            await runner.cleanup()
+    halting = asyncio.create_task(halt())
+    try:
+        yield
+    finally:
+        halting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await halting
 
 
 if __name__ == "__main__":

@@ -63,10 +63,14 @@ class Client:
         Redirects are answers like any other: who is sent where is not for a server to change.
         Raises LostError. Cancelled, it closes the connection.
         """
-        place, host, target = _split(url)
+        try:
+            place, host, target = _split(url)
+        except ValueError as error:
+            raise LostError(f"{url}: {error}") from error
+        head = _head(method, target, host, headers or {}, len(body))
         connection = self._kept(place) or await self._connect(place)
         answer = Answer(connection, has_body=method != "HEAD")
-        connection.send(_head(method, target, host, headers or {}, len(body)), body, answer)
+        connection.send(head, body, answer)
         try:
             await answer.begin()
         except BaseException:
@@ -98,7 +102,7 @@ class Client:
                 )
         except TimeoutError as error:
             raise LostError(f"no connection within {_CONNECT_TIMEOUT_S:g} s") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise LostError(str(error) or type(error).__name__) from error
         return connection
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from urllib.parse import urlencode
 
-import yarl
 from aiohttp import web
 
 from tunesmith.serve.client import Answer, Client, LostError
@@ -99,7 +99,7 @@ async def _begin(
     headers = {name: request.headers[name] for name in _TO_ENGINE if name in request.headers}
     url = f"{upstream.place.url}/{visit.path}"
     if request.query_string:
-        url += f"?{yarl.URL.build(query=request.query).raw_query_string}"
+        url += f"?{urlencode(list(request.query.items()), errors='surrogateescape')}"
     try:
         async with asyncio.timeout(timeout_s):
             return await client.ask(

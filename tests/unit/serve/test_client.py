@@ -189,6 +189,9 @@ def test_nobody_there() -> None:
         asyncio.run(run(f"http://127.0.0.1:{port}/v1"))
     with pytest.raises(LostError):
         asyncio.run(run("http://no-such-host.invalid/v1"))
+    for url in ("http://host:99999/v1", "http://a..b/v1"):
+        with pytest.raises(LostError):
+            asyncio.run(run(url))
 
 
 def test_a_connection_is_not_used_again_where_that_is_not_safe(

@@ -79,11 +79,13 @@ async def test_bytes_go_through_unchanged_both_ways() -> None:
     body = json.dumps({"model": "bot", "prompt": "é", "odd": [1.0, None]}).encode()
     async with running() as (engine, gateway, client):
         headers = {"Content-Type": "application/json", "Authorization": "Bearer x", "Cookie": "a"}
-        async with client.post("/v1/echo?a=1&a=2", data=body, headers=headers) as response:
+        async with client.post(
+            "/v1/echo?a=1&a=2&b=%C3%A9%26", data=body, headers=headers
+        ) as response:
             assert response.status == 418 and await response.read() == body
             assert response.headers["x-tunesmith-artifact"] == ARTIFACT
         method, path, sent, passed = engine.seen[0]
-        assert (method, path, sent) == ("POST", "/v1/echo?a=1&a=2", body)
+        assert (method, path, sent) == ("POST", "/v1/echo?a=1&a=2&b=%C3%A9%26", body)
         assert passed["Content-Type"] == "application/json"
         assert "Authorization" not in passed and "Cookie" not in passed
         assert gateway.requests == 1
