@@ -2,17 +2,17 @@
 
 python tests/benchmarks/bench_peer.py --model FOLDER --out docs/measured/bench-peer-cpu.json
 
-`FOLDER` is a chat model. Closed loop: requests of random tokens, equal lengths, with as many in
-flight. Throughput over the whole run (the peer trims no ramps), median TTFT and median TPOT must
-be within 5 % of those of `vllm bench serve`, by the medians of the rounds. Prompts of ours are
-token ids; the peers send text, which can be some tokens longer or shorter. GuideLLM comes into an
-environment of its own and is only shown: its time per token is over all tokens, the first one's
-too.
+`FOLDER` is a chat model. Closed loop: texts of random tokens, equal lengths, with as many in
+flight; each tool has texts of its own, as the engine remembers what it has read. Throughput over
+the whole run (the peer trims no ramps), median TTFT and median TPOT must be within 5 % of those of
+`vllm bench serve`, by the medians of the rounds. GuideLLM comes into an environment of its own,
+makes its own texts and is only shown: its client shares the cores with the engine, and takes more
+of them; its time per token is over all tokens, the first one's too.
 
-Open loop, near saturation and beyond: `vllm bench serve` at a rate and with a limit in flight, then
-ours at the moments that it has made. Its TTFT begins when a place is free, ours when the request
-was meant to be sent. Its own record of that wait, added to its TTFT, says how much of the
-difference this explains.
+Open loop, away from saturation and near it: `vllm bench serve` at a rate and with a limit in
+flight, then ours at the moments that it has made. Its TTFT begins when a place is free, ours when
+the request was meant to be sent. Its own record of that wait, added to its TTFT, says how much of
+the difference this explains.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ import argparse
 import asyncio
 import contextlib
 import json
+import random
 import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from benchmark import describe, finish
+from transformers import AutoTokenizer
 
 from tunesmith.bench.client import open_session
 from tunesmith.bench.generator import Generator
 from tunesmith.bench.measure import Instruments, Meter, Target, open_meter
 from tunesmith.bench.results import phase_figures
-from tunesmith.bench.traffic import synthetic_prompts
+from tunesmith.bench.traffic import Prompt
 from tunesmith.config.schema.bench import Bench
 from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import EngineServer, EngineSpec
 
 BOUND = 0.05
-OPEN_LOADS = (0.9, 1.1)  # of the closed loop's requests per second
+OPEN_LOADS = (0.7, 0.9)  # of the closed loop's requests per second
 OPEN_REQUESTS = 768
 GUIDELLM = "guidellm==0.8.1"
 INPUT_TOKENS, OUTPUT_TOKENS, CONCURRENCY, REQUESTS = 64, 64, 16, 192
@@ -71,7 +73,7 @@ def main() -> None:
     ):
         rounds = [
             {
-                "ours": asyncio.run(_ours(server.url, generator, seed)),
+                "ours": asyncio.run(_ours(server.url, generator, options.model, seed)),
                 "vllm": _vllm(server.url, options.model, Path(folder), seed),
                 "guidellm": _guidellm(server.url, options.model, Path(folder), seed),
             }
@@ -80,9 +82,14 @@ def main() -> None:
         rate = median(one["ours"]["output_tokens_per_s"] for one in rounds) / OUTPUT_TOKENS
         opened = {
             f"{load:.0%} of saturation": _open_loop(
-                server.url, generator, options.model, Path(folder), load * rate, options.rounds
+                server.url,
+                generator,
+                options.model,
+                Path(folder),
+                load * rate,
+                range(100 * place, 100 * place + options.rounds),
             )
-            for load in OPEN_LOADS
+            for place, load in enumerate(OPEN_LOADS, 1)
         }
     differences = {
         peer: {
@@ -102,9 +109,21 @@ def main() -> None:
     finish(options.out, describe(parser, found), missed)
 
 
-async def _ours(url: str, generator: Generator, seed: int) -> dict[str, float]:
+def _texts(model: Path, count: int, seed: str) -> list[str]:
+    """Different texts of exactly `INPUT_TOKENS` tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    source, found = random.Random(seed), dict[str, None]()
+    while len(found) < count:
+        drawn = tokenizer.decode(source.choices(range(len(tokenizer)), k=2 * INPUT_TOKENS))
+        text = tokenizer.decode(tokenizer(drawn)["input_ids"][:INPUT_TOKENS])
+        if len(tokenizer(text)["input_ids"]) == INPUT_TOKENS:
+            found[text] = None
+    return list(found)
+
+
+async def _ours(url: str, generator: Generator, model: Path, seed: int) -> dict[str, float]:
     bench = _bench(REQUESTS)
-    async with _metered(url, bench, generator, seed) as meter:
+    async with _metered(url, bench, generator, model, seed) as meter:
         phase = await meter.full_queue()
     figures = phase_figures(phase, bench, seed)
     (one,) = phase.rounds
@@ -116,22 +135,29 @@ async def _ours(url: str, generator: Generator, seed: int) -> dict[str, float]:
 
 
 def _bench(requests: int, **load: Any) -> Bench:
-    lengths = [{"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}]
-    fixed = {"rounds": 1, "concurrency": CONCURRENCY, "prompts": "synthetic", "lengths": lengths}
+    """`reuse` leaves the texts as they are: none is there twice."""
+    fixed = {"rounds": 1, "concurrency": CONCURRENCY, "max_tokens": OUTPUT_TOKENS, "reuse": True}
     return Bench.model_validate({"requests": requests, **fixed, **load})
 
 
 @contextlib.asynccontextmanager
-async def _metered(url: str, bench: Bench, generator: Generator, seed: int) -> AsyncIterator[Meter]:
+async def _metered(
+    url: str, bench: Bench, generator: Generator, model: Path, seed: int
+) -> AsyncIterator[Meter]:
+    texts = _texts(model, CONCURRENCY + bench.requests, f"ours/{seed}/{bench.requests}")
+    warm, measured = texts[:CONCURRENCY], texts[CONCURRENCY:]
     async with open_session() as session:
         target, tools = Target("ours", url, "bench"), Instruments(session, generator)
-        meter = await open_meter(target, bench, seed, tools, synthetic_prompts(bench, seed))
-        await meter.warm_up()
+        for some in (warm, measured):
+            prompts = [Prompt("completions", {"prompt": text}) for text in some]
+            meter = await open_meter(target, bench, seed, tools, prompts)
+            if some is warm:
+                await meter.warm_up()
         yield meter
 
 
 def _vllm(url: str, model: Path, folder: Path, seed: int) -> dict[str, float]:
-    found = _bench_serve(url, model, folder, 1000 + seed, REQUESTS)
+    found = _bench_serve(url, model, folder, seed, REQUESTS)
     return {
         "output_tokens_per_s": found["output_throughput"],
         "median_ttft_ms": found["median_ttft_ms"],
@@ -143,16 +169,19 @@ def _bench_serve(
     url: str, model: Path, folder: Path, seed: int, requests: int, **load: Any
 ) -> dict[str, Any]:
     """What `vllm bench serve` keeps of one run."""
-    result = folder / f"peer-{seed}.json"
+    result = folder / f"peer-{seed}-{requests}.json"
+    texts = folder / f"texts-{seed}-{requests}.jsonl"
+    rows = [{"prompt": text} for text in _texts(model, requests, f"vllm/{seed}/{requests}")]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     arguments = {
         "backend": "openai",
         "base-url": url.removesuffix("/v1"),
         "endpoint": "/v1/completions",
         "model": "bench",
         "tokenizer": model,
-        "dataset-name": "random",
-        "random-input-len": INPUT_TOKENS,
-        "random-output-len": OUTPUT_TOKENS,
+        "dataset-name": "custom",
+        "dataset-path": texts,
+        "custom-output-len": OUTPUT_TOKENS,
         "num-prompts": requests,
         "max-concurrency": CONCURRENCY,
         "num-warmups": CONCURRENCY,
@@ -164,7 +193,7 @@ def _bench_serve(
     }
     flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-c", PEER, *flags, "--ignore-eos", "--save-result",
-               "--save-detailed", "--disable-tqdm"]  # fmt: skip
+               "--save-detailed", "--skip-chat-template", "--disable-tqdm"]  # fmt: skip
     subprocess.run(command, check=True, stdout=sys.stderr)
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     assert not found.get("failed"), found
@@ -172,14 +201,12 @@ def _bench_serve(
 
 
 def _open_loop(
-    url: str, generator: Generator, model: Path, folder: Path, rate: float, rounds: int
+    url: str, generator: Generator, model: Path, folder: Path, rate: float, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """TTFT as the peer tells it, with the wait for a place in its client, and as ours tells it."""
     runs = []
-    for seed in range(rounds):
-        peer = _bench_serve(
-            url, model, folder, 3000 + seed, OPEN_REQUESTS, **{"request-rate": rate}
-        )
+    for seed in seeds:
+        peer = _bench_serve(url, model, folder, seed, OPEN_REQUESTS, **{"request-rate": rate})
         told_s, waited_s = np.array(peer["ttfts"]), np.array(peer["queue_times"])
         meant_s = np.sort(np.array(peer["start_times"]) - waited_s)
         trace = folder / f"moments-{seed}.jsonl"
@@ -190,29 +217,28 @@ def _open_loop(
             trace=trace,
             request_rate=(OPEN_REQUESTS - 1) / (meant_s[-1] - meant_s[0]),
         )
-        figures = asyncio.run(_arrivals(url, bench, generator, seed))
+        figures = asyncio.run(_arrivals(url, bench, generator, model, seed))
         runs.append(
             {
-                percent: {
-                    "vllm_ms": float(np.percentile(told_s, int(percent[1:]))) * 1e3,
-                    "vllm_with_its_wait_ms": float(
-                        np.percentile(told_s + waited_s, int(percent[1:]))
-                    )
-                    * 1e3,
-                    "ours_ms": figures["ttft_ms"][percent]["value"],
+                name: {
+                    "vllm_ms": 1e3 * float(np.percentile(told_s, percent)),
+                    "vllm_with_its_wait_ms": 1e3 * float(np.percentile(told_s + waited_s, percent)),
+                    "ours_ms": figures["ttft_ms"][name]["value"],
                 }
-                for percent in ("p50", "p99")
+                for name, percent in (("p50", 50), ("p99", 99))
             }
         )
     medians = {
-        percent: {who: median(run[percent][who] for run in runs) for who in runs[0][percent]}
-        for percent in runs[0]
+        name: {who: median(run[name][who] for run in runs) for who in runs[0][name]}
+        for name in runs[0]
     }
     return {"request_rate": rate, "ttft": medians, "rounds": runs}
 
 
-async def _arrivals(url: str, bench: Bench, generator: Generator, seed: int) -> dict[str, Any]:
-    async with _metered(url, bench, generator, seed) as meter:
+async def _arrivals(
+    url: str, bench: Bench, generator: Generator, model: Path, seed: int
+) -> dict[str, Any]:
+    async with _metered(url, bench, generator, model, seed) as meter:
         phase = await meter.arrivals()
     return phase_figures(phase, bench, seed)
 
