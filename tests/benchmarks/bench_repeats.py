@@ -26,6 +26,7 @@ from benchmark import describe, finish
 
 from tunesmith.bench import compare
 from tunesmith.bench.client import open_session
+from tunesmith.bench.figures import tokens_per_s
 from tunesmith.bench.generator import Generator
 from tunesmith.bench.measure import Instruments, Phase, Target, open_meter
 from tunesmith.bench.results import phase_figures
@@ -39,8 +40,8 @@ SLOWNESS, CYCLE_S = 1.15, 0.1
 LEAST_RIGHT = 0.9  # of all repeats
 BENCH = Bench.model_validate(
     {
-        "requests": 96,
-        "rounds": 8,
+        "requests": 64,
+        "rounds": 12,
         "concurrency": 16,
         "prompts": "synthetic",
         "lengths": [{"input_tokens": 64, "output_tokens": 64}],
@@ -119,6 +120,7 @@ def _run(name: str, measured: list[Evidence]) -> compare.Measured:
     found = Phase(tuple(measured), faults(measured))
     told = [{"check": fault.check, "detail": fault.detail} for fault in found.faults]
     figures = phase_figures(found, BENCH, 1) | {"valid": not told, "faults": told}
+    figures["rounds_tokens_per_s"] = [tokens_per_s(one.samples, one.window) for one in measured]
     rounds = [(list(one.samples), one.window) for one in measured]
     return compare.Measured(name, "batch", {}, figures, rounds)
 

@@ -63,6 +63,28 @@ def test_rounds_in_turns_know_what_a_machine_does_meanwhile() -> None:
     assert found >= 0.95 * 400
 
 
+def test_a_spike_within_a_pair_hides_nothing() -> None:
+    """The interval is that of Wilcoxon's test, whose critical value for twelve pairs is 13."""
+    rounds = [95.0, 96, 94, 95.5, 94.5, 95, 96, 95, 94, 97, 95, 140]
+    found = difference_in_turns(rounds, [100.0] * 12)
+    assert found.low < -0.045 < found.high < 0
+    logs = [math.log(one / 100) for one in rounds]
+    means = sorted((a + b) / 2 for at, a in enumerate(logs) for b in logs[at:])
+    assert found.low == pytest.approx(math.expm1(means[13]))
+    assert found.high == pytest.approx(math.expm1(means[-14]))
+
+
+@pytest.mark.parametrize("pairs", [3, 6, 10])
+def test_an_interval_of_pairs_covers_what_it_should(pairs: int) -> None:
+    own = random.Random(pairs)
+    held = 0
+    for _ in range(600):
+        rounds = [math.exp(own.gauss(0, 0.05)) for _ in range(pairs)]
+        found = difference_in_turns(rounds, [1.0] * pairs)
+        held += found.low <= 0 <= found.high
+    assert 0.93 * 600 <= held <= 0.985 * 600
+
+
 def test_two_rounds_and_nothing_change_nothing() -> None:
     assert with_rounds(around(5, 0.1), [4, 6]) == around(5, 0.1)
     assert with_rounds(Interval(0, 0, 0), [0, 0]) == Interval(0, 0, 0)
