@@ -84,7 +84,7 @@ def bench_frontier(
     recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Quality, goodput, price and memory of every model, and the cheapest that is good enough."""
-    execute("bench frontier", recipe, overrides, as_json, evaluated=True)
+    execute("bench frontier", recipe, overrides, as_json, evaluated="frontier")
 
 
 @bench_app.command("report")

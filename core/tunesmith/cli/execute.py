@@ -62,12 +62,13 @@ def execute(
     path: Path,
     overrides: list[str] | None,
     as_json: bool,
-    evaluated: bool = False,
+    evaluated: str | None = None,
     **arguments: Any,
 ) -> None:
     """Load the recipe, run the command's module on it, and print the result.
 
-    `evaluated` measures quality first, where the recipe says how.
+    Of the models that the mode `evaluated` of bench compares, quality is measured first, where the
+    recipe says how.
     """
     from tunesmith.config import load_recipe
     from tunesmith.pipeline import Stages
@@ -76,7 +77,7 @@ def execute(
     module = _module(command)
     with resumable():
         if evaluated and stages.recipe.evaluate:
-            _module("eval").run(stages)
+            _module("eval").run(stages, stages.benched(evaluated))
         result = module.run(stages, **arguments)
     print_result(result, module.show, as_json)
 

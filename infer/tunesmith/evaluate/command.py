@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.config import UserError
@@ -15,14 +16,17 @@ from tunesmith.terminal import make_table
 _TITLES = {"completion_loss": "loss (nats/token)", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 
 
-def run(stages: Stages) -> dict[str, Any]:
-    """Measure what is not measured yet; levels, paired comparisons, and what cannot run here."""
+def run(stages: Stages, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure what is not measured yet; levels, paired comparisons, and what cannot run here.
+
+    `names` are the models, those of `evaluate.variants` when there are none.
+    """
     section = stages.recipe.evaluate
     if section is None:
         raise UserError(f"{stages.path}: this needs an evaluate section")
     artifacts: dict[str, Artifact] = {}
     reused, refusals = [], {}
-    for name in stages.evaluated:
+    for name in names or stages.evaluated:
         if found := stages.store.find(stages.evaluation(name).id):
             artifacts[name] = found
             reused.append(name)

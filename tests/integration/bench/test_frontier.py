@@ -21,6 +21,8 @@ from tunesmith.bench.page import write_page
 from tunesmith.cli import plan
 from tunesmith.config import ModelError, UserError
 from tunesmith.config.schema.bench import Bench
+from tunesmith.evaluate import command as evaluate
+from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 from tunesmith.serve.govern.price import find_price
 
@@ -146,6 +148,18 @@ def test_models_under_other_settings_of_the_engine(
     price = find_price(stages, "tuned")
     known = cells["tuned"]["usd_per_million_output_tokens"]
     assert price is None or price.output_usd_per_million_tokens == known, "of its own settings"
+
+
+def test_all_that_it_compares_is_evaluated(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(stages: Stages, name: str) -> Artifact:
+        measured.append(name)
+        return stages.made(stages.evaluation("tuned"))
+
+    monkeypatch.setattr(evaluate, "measure_variant", measure)
+    found = evaluate.run(stages, ("base", "tuned"))
+    assert measured == ["base"] and found["reused"] == ["tuned"], "evaluate.variants has no base"
 
 
 def test_other_settings_have_names_and_change_something() -> None:
