@@ -101,11 +101,11 @@ def _results(
                 case Same():
                     writer.add(item.index, item)
                 case _:
-                    writer.hand()
                     yield item
                     continue
             others += 1
 
+    pool.before_sending = writer.hand
     with closing(Ahead(windows)) as ahead:
         for request, made in pool.stream(requests()):
             if isinstance(made, Answer):

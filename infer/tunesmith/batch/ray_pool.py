@@ -11,7 +11,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from itertools import islice
@@ -52,6 +52,8 @@ class RayPool:
         self.is_stopping = False
         self._is_closing = False
         self.load_s = 0.0
+        self.before_sending: Callable[[int], None] = lambda _: None
+        """Told how many requests go to the cluster next, for the first time."""
 
     def __enter__(self) -> RayPool:
         import ray
@@ -135,6 +137,7 @@ class RayPool:
                 is_exhausted = len(pack) < _PACK_ROWS
                 self._open |= {request.key: request for request in pack}
                 if pack:
+                    self.before_sending(len(pack))
                     self._put(pack)
             if not self._open and (is_exhausted or self.is_stopping):
                 return

@@ -17,10 +17,11 @@ def result_of(made: Answer | RowError) -> dict[str, Any]:
     """The result of one row, for its shard."""
     if isinstance(made, RowError):
         return {"error": asdict(made)}
-    found = {name: value for name, value in asdict(made).items() if value is not None}
-    for output in found["outputs"]:
-        if output["logprobs"] is None:
-            del output["logprobs"]
+    found = {name: value for name, value in vars(made).items() if value is not None}
+    found["outputs"] = [
+        {name: value for name, value in vars(one).items() if value is not None}
+        for one in made.outputs
+    ]
     return found
 
 

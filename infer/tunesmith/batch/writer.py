@@ -43,9 +43,9 @@ class Writer:
         """From now on time is spent on rows, no more on loading the model."""
         self._committed_s = self._counted_s = time.monotonic()
 
-    def hand(self) -> None:
-        """A request is on its way to an engine."""
-        self._handed += 1
+    def hand(self, count: int) -> None:
+        """So many requests go to an engine next."""
+        self._handed += count
         self._shards.note_handed(self._handed + self._pool.retried)
 
     def add(self, index: int, made: Answer | RowError | Same, digest: str | None = None) -> None:

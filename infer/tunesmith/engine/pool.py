@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -70,6 +70,8 @@ class EnginePool:
         self.restarts = 0
         self.retried = 0
         """Requests that were given to an engine again, each time that they were."""
+        self.before_sending: Callable[[int], None] = lambda _: None
+        """Told how many requests go to an engine next, for the first time."""
 
     def __enter__(self) -> EnginePool:
         for engine in self._engines:
@@ -161,6 +163,7 @@ class EnginePool:
                 break
             requests.append(request)
         if requests:
+            self.before_sending(len(requests))
             engine.send(requests)
         return is_exhausted and len(requests) < room
 
