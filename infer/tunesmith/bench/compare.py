@@ -33,7 +33,7 @@ from tunesmith.terminal import make_table
 SCHEMA = 2
 _NOT_LOAD = {
     "slo", "rounds", "rates", "concurrencies", "search_s", "search_tolerance", "settings",
-    "variants",
+    "variants", "engines",
 }  # fmt: skip
 _ORDER = [
     "output_tokens_per_s",

@@ -178,10 +178,11 @@ def _quality(stages: Stages, entry: Mapping[str, Any], reference: str) -> dict[s
 
 def _speed(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float] | None:
     """The change of throughput against the reference, round by round, with its interval."""
-    rounds, others = (one.get("rounds_tokens_per_s", []) for one in (entry, reference))
-    if entry is reference or len(rounds) < ENOUGH_ROUNDS or not all([*rounds, *others]):
+    rounds, others = (one.get("rounds_tokens_per_s", ()) for one in (entry, reference))
+    is_enough = len(rounds) == len(others) >= ENOUGH_ROUNDS and all([*rounds, *others])
+    if entry is reference or not is_enough:
         return None
-    return difference_in_turns(rounds, others)._asdict() if others else None
+    return difference_in_turns(rounds, others)._asdict()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

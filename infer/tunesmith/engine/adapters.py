@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.errors import ModelError, require
-from tunesmith.engine.fit import check_adapter
+from tunesmith.engine.fit import check_adapter, check_takes_adapters
 
 # The ranks that vLLM has room for (`vllm.config.lora.MaxLoRARanks`).
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -24,6 +24,7 @@ def adapter_arguments(
 
     Raises ModelError for one that does not fit the model.
     """
+    check_takes_adapters(model, gpu=gpu)
     for adapter in adapters:
         check_adapter(model, adapter)
     held = max(len(adapters), slots)

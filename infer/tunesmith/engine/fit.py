@@ -55,6 +55,17 @@ def _runs_through_transformers(architecture: str) -> bool:
     return entry is None or entry[1] == "transformers"
 
 
+def check_takes_adapters(model: Path, *, gpu: bool) -> None:
+    """Raises ModelError for a checkpoint that runs on this machine, but under no adapter (vLLM
+    0.32): its oneDNN kernel gives up the layers' own weights, where LoRA looks for the device."""
+    schemes = schemes_in(_read(model / "config.json").get("quantization_config") or {})
+    if not gpu and not has_amx() and any(scheme.name == "w8a8-int8" for scheme in schemes):
+        raise ModelError(
+            f"{model}: w8a8-int8: on a CPU without AMX, vLLM takes no adapter over INT8 layers: "
+            "serve the merged model, or adapters over w4a16"
+        )
+
+
 def check_adapter(model: Path, adapter: Path) -> None:
     """Raises ModelError for an adapter of the parent over a checkpoint whose layers meet other
     activations than those of the parent: it would answer, and badly."""

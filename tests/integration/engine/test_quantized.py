@@ -46,7 +46,7 @@ def test_what_this_machine_cannot_run_is_refused_in_words_and_at_once(
     for name, reason in refused.items():
         with pytest.raises(ModelError) as caught:
             open_llm(spec(made[name], adapter if on_top else None))
-        assert reason in str(caught.value) and "it runs on Ampere" in reason, name
+        assert reason in str(caught.value) and "Ampere" in reason.partition("it runs on ")[2], name
 
 
 def test_an_adapter_answers_on_top_of_a_quantized_parent(

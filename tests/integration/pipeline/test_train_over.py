@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from tunesmith.config import Recipe, UserError, WorkInterrupted
+from tunesmith.config.schemes import has_amx
 from tunesmith.data import make_dataset
+from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.evaluate.variants import measure_variant, read_rows
 from tunesmith.pipeline import Stages
 from tunesmith.quantize.command import run as quantize
@@ -27,6 +29,8 @@ from tunesmith.train.loss import TokenLoss, collate
 from tunesmith.train.model import load_adapter, load_base
 
 SCHEMES = ("w8a8-int8", "w4a16", "w2a16")
+# What this machine's engine takes an adapter over.
+OVER = "w8a8-int8" if has_amx() or has_gpu_engine() else "w4a16"
 
 
 def stages_over(folder: Path, base: str, rows: list[dict[str, Any]], **train: Any) -> Stages:
@@ -58,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(folder: Path, llama: Path, rows: list[dict[str, Any]]) -> Stages:
-    stages = stages_over(folder, str(llama), rows, over="w8a8-int8")
+    stages = stages_over(folder, str(llama), rows, over=OVER)
     make_dataset(stages)
     with pytest.raises(UserError, match="run: tunesmith quantize"):
         command.run(stages)
@@ -92,7 +96,7 @@ def test_the_engine_says_of_the_adapter_what_training_said(stages: Stages) -> No
     made = command.run(stages)
     assert "tuned" not in made
     trained = made["trained"]
-    checkpoint = stages.made(stages.quantized("w8a8-int8"))
+    checkpoint = stages.made(stages.quantized(OVER))
     assert made["base"] == trained["base"] == checkpoint.id
     assert trained["eval_loss_after"] < trained["eval_loss_before"] - 0.1
     assert command.run(stages)["trained"]["id"] == trained["id"]

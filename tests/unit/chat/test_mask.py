@@ -65,6 +65,10 @@ def test_learns_the_answers_and_their_ends_exactly(
     try:
         examples = chat.examples(messages)
     except DataError as error:
+        # Hypothesis also takes texts from the code that is loaded: a token that ends a turn, say.
+        if "the token that ends a turn" in str(error):
+            assert any(chat._ending.token in answer for answer in answers)
+            return
         # White space may merge with the end of the prompt; nothing else is refused.
         assert "merges" in str(error)
         assert any(answer[0].isspace() for answer in answers)

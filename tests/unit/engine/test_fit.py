@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,22 @@ import pytest
 from tunesmith.config import ModelError
 from tunesmith.config.schemes import SCHEMES
 from tunesmith.engine import fit
-from tunesmith.engine.fit import check_adapter, check_device
+from tunesmith.engine.fit import check_adapter, check_device, check_takes_adapters
 
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+
+
+INT8 = {
+    "config_groups": {
+        "weights": {
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8, "type": "int", "strategy": "token", "dynamic": True
+            },
+        }
+    },
+    "format": "int-quantized",
+}  # fmt: skip
 
 
 def model(folder: Path, weights: dict[str, Any] | None) -> Path:
@@ -52,19 +66,37 @@ def test_what_the_int8_kernel_of_amx_would_stop_on(
     architecture: str,
     words: str | None,
 ) -> None:
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
-    activations = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    groups = {"weights": {"weights": weights, "input_activations": activations}}
-    config = {
-        "architectures": [architecture],
-        "quantization_config": {"config_groups": groups, "format": "int-quantized"},
-    }
+    config = {"architectures": [architecture], "quantization_config": INT8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(fit, "has_amx", lambda: True)
     found = fit.refused_here(tmp_path, dtype, gpu=False)
     assert (words in found) if words and found else found is words
     monkeypatch.setattr(fit, "has_amx", lambda: False)
     assert fit.refused_here(tmp_path, dtype, gpu=False) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "amx", "bits", "is_refused"),
+    [
+        (False, False, 8, True),
+        (False, True, 8, False),
+        (True, False, 8, False),
+        (False, False, 0, False),
+    ],
+)
+def test_int8_takes_no_adapter_on_a_cpu_without_amx(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    amx: bool,
+    bits: int,
+    is_refused: bool,
+) -> None:
+    config = {"quantization_config": INT8} if bits else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(fit, "has_amx", lambda: amx)
+    with pytest.raises(ModelError, match="over w4a16") if is_refused else nullcontext():
+        check_takes_adapters(tmp_path, gpu=gpu)
 
 
 def test_an_adapter_of_the_parent_does_not_fit_where_activations_were_changed(
