@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -52,6 +53,7 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
     model, TunesmithError when it fails on it.
     """
     arguments = engine_arguments(spec, gpu=has_gpu_engine()) | engine_args
+    _own_cores()
     prepare_process()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,8 +62,16 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
 
             return LLM(**arguments)
         except Exception as error:
+            os.sched_setaffinity(0, _own_cores())
             text = f"{type(error).__name__}: {error}"
             raise start_failure(text, spec) from error
+
+
+@functools.cache
+def _own_cores() -> frozenset[int]:
+    """The cores of this process before vLLM binds it to some of them, which whatever it starts
+    later would inherit."""
+    return frozenset(os.sched_getaffinity(0))
 
 
 def lora_request(spec: EngineSpec, name: str | None = None) -> Any:
@@ -79,7 +89,8 @@ def lora_request(spec: EngineSpec, name: str | None = None) -> Any:
 
 
 def close_llm(llm: Any) -> None:
-    """Give back the memory and the process groups of an engine."""
+    """Give back the memory, the process groups and the cores of an engine."""
     llm.llm_engine.engine_core.shutdown()
     parallel_state = sys.modules["vllm.distributed.parallel_state"]
     parallel_state.cleanup_dist_env_and_memory()
+    os.sched_setaffinity(0, _own_cores())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_an_adapter_answers_on_top_of_a_quantized_parent(
 
     over = spec(made["w4a16"], adapter)
     params = SamplingParams(temperature=0.0, max_tokens=6, detokenize=False, ignore_eos=True)
+    cores = os.sched_getaffinity(0)
     llm = open_llm(over)
     try:
         answers = [
@@ -69,6 +71,7 @@ def test_an_adapter_answers_on_top_of_a_quantized_parent(
         ]
     finally:
         close_llm(llm)
+    assert os.sched_getaffinity(0) == cores, "vLLM binds the process, and all that it starts later"
     plain, adapted = (answer.token_ids for answer in answers)
     assert len(plain) == len(adapted) == 6
     assert plain != adapted
