@@ -6,8 +6,7 @@ python tests/benchmarks/bench_peer.py --model FOLDER --out docs/measured/bench-p
 flight; each tool has texts of its own, as the engine remembers what it has read. Throughput over
 the whole run (the peer trims no ramps), median TTFT and median TPOT must be within 5 % of those of
 `vllm bench serve`, by the medians of the rounds. GuideLLM comes into an environment of its own,
-makes its own texts and is only shown: its client shares the cores with the engine, and takes more
-of them; its time per token is over all tokens, the first one's too.
+makes its own texts and is only shown: its time per token is over all tokens, the first one's too.
 
 Open loop, away from saturation and near it: `vllm bench serve` at a rate and with a limit in
 flight, then ours at the moments that it has made. Its TTFT begins when a place is free, ours when

@@ -11,15 +11,12 @@ from tunesmith.ledger import Store
 
 # Keys that are read after the measurement, and those that only some modes read.
 _VIEWS = {"api_price", "requests_per_hour", "lifetime_requests", "most_loss"}
-_SOME = {
-    *("rates", "concurrencies", "search_s", "search_tolerance"),
-    *("settings", "variants", "engines"),
-}
 _READ = {
     "sweep": {"rates", "concurrencies", "search_s", "search_tolerance"},
     "settings": {"settings", "search_s"},
     "frontier": {"variants", "engines"},
 }
+_SOME = set().union(*_READ.values())
 
 
 def bench_section(bench: Bench, mode: str) -> dict[str, Any]:

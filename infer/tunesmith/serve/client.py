@@ -13,7 +13,6 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -155,12 +154,7 @@ class Answer:
     async def read(self) -> bytes:
         """All that has come since the last piece, waiting for some; empty at the end. Raises
         LostError where the answer breaks off, after what came before."""
-        while not self._pieces:
-            if self._lost is not None:
-                raise LostError(self._lost)
-            if self.is_whole:
-                return b""
-            await self._wait()
+        await self.begin()
         piece = b"".join(self._pieces)
         self._pieces.clear()
         if self._unread_bytes > _MOST_UNREAD_BYTES and not self.is_whole:
@@ -183,16 +177,11 @@ class Answer:
     def __enter__(self) -> Answer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def begin(self) -> None:
-        """Wait for the head and the first piece. Raises LostError."""
+        """Wait for a piece, or for the end. Raises LostError where neither will come."""
         while not (self._pieces or self.is_whole):
             if self._lost is not None:
                 raise LostError(self._lost)
