@@ -33,7 +33,14 @@ def prepare_process() -> None:
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     # Says that Triton is missing, which a CPU has no use for.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    if gpu or "OMP_NUM_THREADS" in os.environ:
+    if not gpu:
+        _load_torch()
+
+
+@functools.cache
+def _load_torch() -> None:
+    """With its threads on cores of their own, unless someone has said how many there shall be."""
+    if "OMP_NUM_THREADS" in os.environ:
         return
     if torch := sys.modules.get("torch"):
         # Too late to bind: unbound threads want a core to spare.
@@ -54,6 +61,8 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
     """
     arguments = engine_arguments(spec, gpu=has_gpu_engine()) | engine_args
     _own_cores()
+    _own_environment.clear()
+    _own_environment.update(os.environ)
     prepare_process()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,16 +71,25 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
 
             return LLM(**arguments)
         except Exception as error:
-            os.sched_setaffinity(0, _own_cores())
+            _give_back()
             text = f"{type(error).__name__}: {error}"
             raise start_failure(text, spec) from error
 
 
+# What the process had before an engine inside it changed that; what it starts later inherits it.
+_own_environment: dict[str, str] = {}
+
+
 @functools.cache
 def _own_cores() -> frozenset[int]:
-    """The cores of this process before vLLM binds it to some of them, which whatever it starts
-    later would inherit."""
     return frozenset(os.sched_getaffinity(0))
+
+
+def _give_back() -> None:
+    os.sched_setaffinity(0, _own_cores())
+    os.environ.update(_own_environment)
+    for name in os.environ.keys() - _own_environment.keys():
+        del os.environ[name]
 
 
 def lora_request(spec: EngineSpec, name: str | None = None) -> Any:
@@ -89,8 +107,8 @@ def lora_request(spec: EngineSpec, name: str | None = None) -> Any:
 
 
 def close_llm(llm: Any) -> None:
-    """Give back the memory, the process groups and the cores of an engine."""
+    """Give back the memory, the process groups, the cores and the variables of an engine."""
     llm.llm_engine.engine_core.shutdown()
     parallel_state = sys.modules["vllm.distributed.parallel_state"]
     parallel_state.cleanup_dist_env_and_memory()
-    os.sched_setaffinity(0, _own_cores())
+    _give_back()
