@@ -17,6 +17,8 @@ _READ = {
     "frontier": {"variants", "engines"},
 }
 _SOME = set().union(*_READ.values())
+NOT_LOAD = _VIEWS | _SOME | {"slo", "rounds"}
+"""Keys in which two measurements of the same load may differ."""
 
 
 def bench_section(bench: Bench, mode: str) -> dict[str, Any]:

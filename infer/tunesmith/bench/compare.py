@@ -22,6 +22,7 @@ from tunesmith.bench.figures import (
 )
 from tunesmith.config import UserError
 from tunesmith.ledger import Store
+from tunesmith.pipeline.bench import NOT_LOAD
 from tunesmith.statistics import Interval
 from tunesmith.statistics.independent import (
     ENOUGH_ROUNDS,
@@ -31,10 +32,6 @@ from tunesmith.statistics.independent import (
 from tunesmith.terminal import make_table
 
 SCHEMA = 2
-_NOT_LOAD = {
-    "slo", "rounds", "rates", "concurrencies", "search_s", "search_tolerance", "settings",
-    "variants", "engines",
-}  # fmt: skip
 _ORDER = [
     "output_tokens_per_s",
     *(f"{name}_ms p{at}" for name in ("e2e", "ttft", "tpot", "itl") for at in PERCENTILES),
@@ -88,7 +85,7 @@ def read_measured(store: Store, reference: str) -> dict[str, Measured]:
         raise UserError(f"{reference}: {path} is no result of a benchmark: {error}") from error
     if found.get("schema_version") != SCHEMA or found.get("mode") not in ("batch", "serve"):
         raise UserError(f"{reference}: compare takes results of bench batch and bench serve")
-    load = {key: value for key, value in found["bench"].items() if key not in _NOT_LOAD}
+    load = {key: value for key, value in found["bench"].items() if key not in NOT_LOAD}
     kept = {
         key: measured(f"{name}:{key}", found["mode"], load, entry)
         for key, entry in found["variants"].items()

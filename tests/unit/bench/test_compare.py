@@ -147,6 +147,18 @@ def test_in_turns_a_machine_may_change(store, tmp_path):
     assert compare.compare(one, failed, in_turns=True)["verdict"] == "invalid"
 
 
+def test_what_a_price_or_a_promise_says_is_not_the_load(tmp_path, store):
+    first, second = (
+        written(
+            tmp_path, str(usd), full_queue(1), "batch", rounds=usd,
+            api_price={"input_usd": usd, "output_usd": 4.0}, requests_per_hour=usd * 100.0,
+            slo={"e2e_ms": usd * 50.0}, search_s=usd * 60.0,
+        )
+        for usd in (1, 2)
+    )  # fmt: skip
+    assert len(compare.run(store, first, second)["comparisons"]) == 1
+
+
 def test_other_loads_are_not_compared(tmp_path, store):
     a = written(tmp_path, "a", full_queue(1, rounds=1), "batch")
     b = written(tmp_path, "b", full_queue(1, rounds=1), "batch", requests=61)
