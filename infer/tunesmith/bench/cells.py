@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.report import figures as say
@@ -27,6 +27,22 @@ def frontier_columns() -> list[str]:
         "Model", "Loss, %", "Tokens/s", "Change, %", "Goodput/s", "TTFT ms, p50 / p95",
         "USD per M in / out", "Weights / engine", "Keeps", "Pareto", "Run",
     ]  # fmt: skip
+
+
+def frontier_remarks(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why models were refused, their quality is unknown or their runs are in doubt."""
+    found = []
+    for cell in cells:
+        name = cell["variant"]
+        if "refused" in cell:
+            found.append(f"{name} is refused ({cell['kind']}): {cell['refused']}")
+        elif cell["quality"] not in ("measured", "reference"):
+            found.append(f"{name}: quality is unknown: {cell['quality']}")
+        found += [
+            f"{name} is INVALID: {fault['check']}: {fault['detail']}"
+            for fault in cell.get("faults", ())
+        ]
+    return found
 
 
 def frontier_row(cell: Mapping[str, Any]) -> list[str]:

@@ -24,9 +24,7 @@ def choose(cells: Sequence[Cell], most_loss: float) -> list[dict[str, Any]]:
 
 def cheapest(cells: Sequence[Cell]) -> Cell | None:
     """Of those chosen by `choose`, the cheapest that may be believed and keeps both."""
-    kept = [
-        cell for cell in cells if is_complete(cell) and cell["keeps_quality"] and cell["keeps_slo"]
-    ]
+    kept = [cell for cell in cells if is_complete(cell) and _keeps_both(cell)]
     return min(kept, key=_usd, default=None)
 
 
@@ -50,11 +48,21 @@ def verdict(cells: Sequence[Cell]) -> str:
     best = cheapest(cells)
     front = ", ".join(cell["variant"] for cell in cells if cell["pareto"]) or "none"
     if best is None:
-        return f"No model keeps both quality and promise. On the Pareto set: {front}."
+        doubtful = [cell["variant"] for cell in cells if _keeps_both(cell)]
+        reason = (
+            f"{', '.join(doubtful)}: quality and promise are kept, by runs that are INVALID"
+            if doubtful
+            else "No model keeps both quality and promise"
+        )
+        return f"{reason}. On the Pareto set: {front}."
     return (
         f"{best['variant']} is the cheapest that keeps quality and promise: "
         f"USD {_usd(best):.4g} per million output tokens. On the Pareto set: {front}."
     )
+
+
+def _keeps_both(cell: Cell) -> bool:
+    return bool(cell["keeps_quality"] and cell["keeps_slo"])
 
 
 def _beats(one: Cell, other: Cell) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.bench.cells import frontier_columns, frontier_row
+from tunesmith.bench.cells import frontier_columns, frontier_remarks, frontier_row
 from tunesmith.bench.choice import choose, verdict
 from tunesmith.bench.figures import tokens_per_s
 from tunesmith.bench.results import doubts, phase_figures, priced, reading_share, samples_of
@@ -112,7 +112,7 @@ def _entry(rig: Rig, work: Work, name: str, spec: EngineSpec) -> dict[str, Any]:
     share = reading_share(prompts, full_queue)
     saturated = phase_figures(full_queue, rig.bench, rig.seed)
     arriving = phase_figures(arrivals, rig.bench, rig.seed)
-    doubtful = [*doubts(full_queue, prompts), *arrivals.faults]
+    doubtful = doubts(full_queue, prompts, arrivals)
     at_rate = priced(arriving, rig.hour_usd, share)
     return {
         "valid": not doubtful,
@@ -194,12 +194,5 @@ def show(result: dict[str, Any]) -> RenderableType:
     """One line for each model, and the choice."""
     rows = [frontier_row(cell) for cell in result["cells"]]
     title = f"bench frontier · {result['id']} · against {result['reference']}"
-    parts: list[RenderableType] = [make_table(title, frontier_columns(), rows)]
-    for cell in result["cells"]:
-        if "refused" in cell:
-            parts.append(Text(f"{cell['variant']} is refused ({cell['kind']}): {cell['refused']}"))
-        elif cell["quality"] not in ("measured", "reference"):
-            parts.append(Text(f"{cell['variant']}: quality is unknown: {cell['quality']}"))
-        for fault in cell.get("faults", ()):
-            parts.append(Text(f"{cell['variant']} is INVALID: {fault['check']}: {fault['detail']}"))
-    return Group(*parts, Text(result["verdict"]))
+    notes = [*frontier_remarks(result["cells"]), result["verdict"]]
+    return Group(make_table(title, frontier_columns(), rows), *map(Text, notes))

@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.bench.cells import (
     NOTHING,
     frontier_columns,
+    frontier_remarks,
     frontier_row,
     pair,
     settings_columns,
@@ -150,12 +151,9 @@ def _sweep(found: Mapping[str, Any]) -> Parts:
 def _frontier(found: Mapping[str, Any]) -> Parts:
     """Of bench frontier: one table of all cells."""
     rows = [frontier_row(cell) for cell in found["cells"]]
-    doubts = [
-        f"{cell['variant']}: {cell['refused']}" for cell in found["cells"] if cell.get("refused")
-    ]
     table = {
-        "title": "Models", "columns": frontier_columns(), "rows": rows, "doubts": doubts,
-        "notes": [found["verdict"]],
+        "title": "Models", "columns": frontier_columns(), "rows": rows,
+        "doubts": frontier_remarks(found["cells"]), "notes": [found["verdict"]],
     }  # fmt: skip
     measured = {name: one for name, one in found["variants"].items() if "samples" in one}
     plots = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -136,12 +136,22 @@ def reading_share(prompts: Phase, full_queue: Phase) -> float:
     )
 
 
-def doubts(phase: Phase, prompts: Phase | None = None) -> list[Fault]:
-    """About a load, and about the one that its prices were split by."""
+def doubts(
+    phase: Phase, prompts: Phase | None = None, arrivals: Phase | None = None
+) -> list[Fault]:
+    """About a load, and about those that stand beside it: the one that its prices were split by,
+    and the one with arrivals. Theirs say whose they are."""
     found = list(phase.faults)
     if prompts:
         found += [
-            fault for fault in prompts.faults if fault.check not in {"too_short", "client_bound"}
+            replace(fault, detail=f"prompts alone: {fault.detail}")
+            for fault in prompts.faults
+            if fault.check not in {"too_short", "client_bound"}
+        ]
+    if arrivals:
+        found += [
+            replace(fault, detail=f"at bench.request_rate: {fault.detail}")
+            for fault in arrivals.faults
         ]
     return found
 

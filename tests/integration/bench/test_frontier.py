@@ -211,3 +211,7 @@ def test_the_pareto_set_has_what_nothing_beats() -> None:
     assert "int4 is the cheapest" in verdict(chosen)
     assert cheapest(choose(cells, most_loss=-1.0)) is None
     assert "No model keeps" in verdict(choose(cells, most_loss=-1.0))
+    noisy = [one | {"valid": False} for one in cells[:3]] + cells[5:6]
+    assert "bf16, int8, int8-slow: quality and promise are kept, by runs that are INVALID" in (
+        verdict(choose(noisy, most_loss=0.02))
+    )
