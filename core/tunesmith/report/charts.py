@@ -29,6 +29,8 @@ _OTHER_COLOR = "#8b93a1"
 MUTED = "#808793"  # until the page knows whether it is light or dark
 HEIGHT_PX = 280
 _FONT = "system-ui, sans-serif"
+# Of a label beside a point: where it is, its line, and what it hides as shares of the points' span.
+_LABEL_Y_PX, _LABEL_PX, _LABEL_WIDTH, _LABEL_HEIGHT = 5, 14, 0.3, 0.06
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,38 @@ def legend(items: list[LegendItem]) -> Legend:
 
 
 def labels(source: ColumnDataSource, x: str, y: str) -> LabelSet:
-    """The `name` of each point beside it."""
+    """The `name` of each point beside it; those of close points stand one above the other."""
+    lifts_px = _lifts_px(source.data[x], source.data[y])
+    source.data["label_y_px"] = [_LABEL_Y_PX + lift_px for lift_px in lifts_px]
     return LabelSet(
         x=x,
         y=y,
         text="name",
         source=source,
         x_offset=11,
-        y_offset=5,
+        y_offset="label_y_px",
         text_font=constant(_FONT),
         text_font_size="12px",
         text_color=MUTED,
         name="muted",
     )
+
+
+def _lifts_px(xs: Sequence[float], ys: Sequence[float]) -> list[int]:
+    width, height = (max(values) - min(values) or 1.0 for values in (xs, ys))
+    lifts = [0] * len(xs)
+    placed: list[int] = []
+    for at in sorted(range(len(xs)), key=lambda at: xs[at]):
+        near = {
+            lifts[other]
+            for other in placed
+            if xs[at] - xs[other] < _LABEL_WIDTH * width
+            and abs(ys[at] - ys[other]) < _LABEL_HEIGHT * height
+        }
+        while lifts[at] in near:
+            lifts[at] += _LABEL_PX
+        placed.append(at)
+    return lifts
 
 
 def color_of(name: str) -> str:

@@ -38,10 +38,10 @@ def frontier_remarks(cells: Iterable[Mapping[str, Any]]) -> list[str]:
             found.append(f"{name} is refused ({cell['kind']}): {cell['refused']}")
         elif cell["quality"] not in ("measured", "reference"):
             found.append(f"{name}: quality is unknown: {cell['quality']}")
-        found += [
-            f"{name} is INVALID: {fault['check']}: {fault['detail']}"
-            for fault in cell.get("faults", ())
-        ]
+        details: dict[str, list[str]] = {}
+        for fault in cell.get("faults", ()):
+            details.setdefault(fault["check"], []).append(fault["detail"])
+        found += [f"{name} is INVALID: {one}: {'; '.join(all_)}" for one, all_ in details.items()]
     return found
 
 

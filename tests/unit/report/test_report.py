@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from bokeh.models import ColumnDataSource
 
 from tunesmith.pipeline import Stages
 from tunesmith.report import figures as say
 from tunesmith.report import summary, write_report
+from tunesmith.report.charts import labels
 from tunesmith.report.contents import gather
 from tunesmith.statistics import Interval
 
@@ -158,3 +160,13 @@ def test_the_ground_floor_needs_no_torch() -> None:
 )
 def test_figures_as_people_read_them(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_labels_of_close_points_do_not_cover_each_other() -> None:
+    names = ["base", "w8a8-int8", "tuned", "w4a16", "adapter"]
+    usd, loss = [4.0, 3.0, 3.2, 3.3, 5.4], [26.3, 0.0, 0.0, 0.01, 0.0]
+    source = ColumnDataSource({"name": names, "usd": usd, "loss": loss})
+    labels(source, "usd", "loss")
+    lifts = dict(zip(names, source.data["label_y_px"], strict=True))
+    assert lifts["base"] == lifts["adapter"] == lifts["w8a8-int8"]
+    assert len({lifts[name] for name in ("w8a8-int8", "tuned", "w4a16")}) == 3
