@@ -41,7 +41,7 @@ def frontier_remarks(cells: Iterable[Mapping[str, Any]]) -> list[str]:
         details: dict[str, list[str]] = {}
         for fault in cell.get("faults", ()):
             details.setdefault(fault["check"], []).append(fault["detail"])
-        found += [f"{name} is INVALID: {one}: {'; '.join(all_)}" for one, all_ in details.items()]
+        found += [f"{name} is INVALID: {check}: {'; '.join(of)}" for check, of in details.items()]
     return found
 
 

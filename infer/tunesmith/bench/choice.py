@@ -48,17 +48,21 @@ def verdict(cells: Sequence[Cell]) -> str:
     best = cheapest(cells)
     front = ", ".join(cell["variant"] for cell in cells if cell["pareto"]) or "none"
     if best is None:
-        doubtful = [cell["variant"] for cell in cells if _keeps_both(cell)]
-        reason = (
-            f"{', '.join(doubtful)}: quality and promise are kept, by runs that are INVALID"
-            if doubtful
-            else "No model keeps both quality and promise"
-        )
-        return f"{reason}. On the Pareto set: {front}."
+        return f"{_why_none(cells)}. On the Pareto set: {front}."
     return (
         f"{best['variant']} is the cheapest that keeps quality and promise: "
         f"USD {_usd(best):.4g} per million output tokens. On the Pareto set: {front}."
     )
+
+
+def _why_none(cells: Sequence[Cell]) -> str:
+    kept = [cell for cell in cells if _keeps_both(cell)]
+    if not kept:
+        return "No model keeps both quality and promise"
+    names = ", ".join(cell["variant"] for cell in kept)
+    is_valid = any(cell["valid"] for cell in kept)
+    lack = "without a price in the recipe" if is_valid else "by runs that are INVALID"
+    return f"{names}: quality and promise are kept, {lack}"
 
 
 def _keeps_both(cell: Cell) -> bool:

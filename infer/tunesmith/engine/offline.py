@@ -19,6 +19,9 @@ from tunesmith.engine.environment import (
 from tunesmith.engine.failures import start_failure
 from tunesmith.engine.spec import EngineSpec, engine_arguments
 
+# What the process had before an engine inside it changed that; what it starts later inherits it.
+_own_environment: dict[str, str] = {}
+
 
 def prepare_process() -> None:
     """Load torch with the environment that suits vLLM.
@@ -74,10 +77,6 @@ def open_llm(spec: EngineSpec, **engine_args: Any) -> Any:
             _give_back()
             text = f"{type(error).__name__}: {error}"
             raise start_failure(text, spec) from error
-
-
-# What the process had before an engine inside it changed that; what it starts later inherits it.
-_own_environment: dict[str, str] = {}
 
 
 @functools.cache

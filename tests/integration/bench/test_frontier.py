@@ -215,3 +215,5 @@ def test_the_pareto_set_has_what_nothing_beats() -> None:
     assert "bf16, int8, int8-slow: quality and promise are kept, by runs that are INVALID" in (
         verdict(choose(noisy, most_loss=0.02))
     )
+    free = [one | {"usd_per_million_output_tokens": None} for one in cells[:2]]
+    assert "kept, without a price in the recipe" in verdict(choose(free, most_loss=0.02))
