@@ -21,6 +21,14 @@ def usd(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4f}"
 
 
+def invalid(name: str, faults: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why a run may not be believed: a sentence for each check that it failed."""
+    details: dict[str, list[str]] = {}
+    for fault in faults:
+        details.setdefault(fault["check"], []).append(fault["detail"])
+    return [f"{name} is INVALID: {check}: {'; '.join(of)}" for check, of in details.items()]
+
+
 def frontier_columns() -> list[str]:
     """Of the table of `bench frontier`."""
     return [
@@ -38,10 +46,7 @@ def frontier_remarks(cells: Iterable[Mapping[str, Any]]) -> list[str]:
             found.append(f"{name} is refused ({cell['kind']}): {cell['refused']}")
         elif cell["quality"] not in ("measured", "reference"):
             found.append(f"{name}: quality is unknown: {cell['quality']}")
-        details: dict[str, list[str]] = {}
-        for fault in cell.get("faults", ()):
-            details.setdefault(fault["check"], []).append(fault["detail"])
-        found += [f"{name} is INVALID: {check}: {'; '.join(of)}" for check, of in details.items()]
+        found += invalid(name, cell.get("faults", ()))
     return found
 
 

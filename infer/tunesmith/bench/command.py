@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.bench.cells import pair, usd
+from tunesmith.bench.cells import invalid, pair, usd
 from tunesmith.bench.measure import Meter
 from tunesmith.bench.results import Run, variant_result
 from tunesmith.bench.rig import Rig, on_server, open_rig, write_bench, write_json
@@ -65,8 +65,7 @@ def show(result: dict[str, Any]) -> RenderableType:
         for name, figures in summary["variants"].items():
             if "refused" in figures:
                 parts.append(Text(f"{name} cannot run here: {figures['refused']}"))
-            for fault in figures.get("faults", ()):
-                parts.append(Text(f"{name} is INVALID: {fault['check']}: {fault['detail']}"))
+            parts += [Text(doubt) for doubt in invalid(name, figures.get("faults", ()))]
         parts += [Text(sentence(*found)) for found in summary["economics"].items()]
     return Group(*parts)
 

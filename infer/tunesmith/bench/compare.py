@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from tunesmith.bench.cells import invalid
 from tunesmith.bench.client import Sample
 from tunesmith.bench.figures import (
     PERCENTILES,
@@ -156,7 +157,7 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         shown = 100 * (change["high"] - change["low"]) / 2
         sentences.append(f"A difference of {shown:.1f} % or more would have shown.")
     for name, faults in found["faults"].items():
-        sentences += [f"{name} is INVALID: {one['check']}: {one['detail']}" for one in faults]
+        sentences += invalid(name, faults)
     if min(found["rounds"]) < 2:
         sentences.append("With one round, what the machine does between runs is not in this.")
     if not found["same_work"]:

@@ -12,6 +12,7 @@ from tunesmith.bench.cells import (
     frontier_columns,
     frontier_remarks,
     frontier_row,
+    invalid,
     pair,
     settings_columns,
     settings_rows,
@@ -196,11 +197,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
 
 
 def _doubts(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [
-        f"{name} is INVALID: {fault['check']}: {fault['detail']}"
-        for name, one in figures.items()
-        for fault in one["faults"]
-    ]
+    return [doubt for name, one in figures.items() for doubt in invalid(name, one["faults"])]
 
 
 def _about(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:

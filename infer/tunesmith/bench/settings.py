@@ -17,7 +17,7 @@ import yaml
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunesmith.bench.cells import settings_columns, settings_rows
+from tunesmith.bench.cells import invalid, settings_columns, settings_rows
 from tunesmith.bench.compare import Measured, compare, measured
 from tunesmith.bench.results import doubts, phase_figures, samples_of
 from tunesmith.bench.rig import Rig, bench_of, open_rig, write_bench, write_json
@@ -224,10 +224,7 @@ def remarks(steps: Sequence[Step]) -> list[str]:
             name = f"{step['key']}: {entry['value']}"
             if "refused" in entry:
                 found.append(f"{name} cannot run here: {entry['refused']}")
-            found += [
-                f"{name} is INVALID: {fault['check']}: {fault['detail']}"
-                for fault in entry.get("faults", ())
-            ]
+            found += invalid(name, entry.get("faults", ()))
     return found
 
 
