@@ -170,6 +170,6 @@ def _noisy_machine(rounds: Sequence[Evidence]) -> str | None:
     if apart is None or apart <= MOST_SPREAD:
         return None
     return (
-        f"rounds of the same load lie {apart:.0%} apart, {MOST_SPREAD:.0%} are allowed: "
+        f"rounds of the same load lie {apart:.1%} apart, {MOST_SPREAD:.0%} are allowed: "
         "something else runs on this machine, or raise bench.requests"
     )
