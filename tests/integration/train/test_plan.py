@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -141,15 +142,20 @@ print(json.dumps([planned, trained["peak_memory_gib"]]))
 
 
 def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
-    """The benchmark has sixteen more, each with processes of its own."""
+    """By the middle one of three: peaks of the same training lie up to 5 % apart, by what is free
+    on its heap at that moment. The benchmark has sixteen more cases."""
     benchmarks = str(Path(__file__).parents[2] / "benchmarks")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, benchmarks, str(tmp_path)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    planned, measured = json.loads(done.stdout.splitlines()[-1])
-    assert planned["parts_gib"]["activations"] > 0.25 * measured
-    assert -0.03 <= planned["peak_gib"] / measured - 1 <= 0.10
+    errors = []
+    for place in ("first", "second", "third"):
+        (folder := tmp_path / place).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, benchmarks, str(folder)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        planned, measured = json.loads(done.stdout.splitlines()[-1])
+        assert planned["parts_gib"]["activations"] > 0.25 * measured
+        errors.append(planned["peak_gib"] / measured - 1)
+    assert -0.03 <= median(errors) <= 0.10, errors
 
 
 def test_what_fits_nowhere_names_a_larger_device(
