@@ -142,8 +142,8 @@ print(json.dumps([planned, trained["peak_memory_gib"]]))
 
 
 def test_the_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
-    """By the middle one of three: peaks of the same training lie up to 5 % apart, by what is free
-    on its heap at that moment. The benchmark has sixteen more cases."""
+    """By the middle one of three: peaks of the same training lie some percent apart, by what is
+    free on its heap at that moment. The benchmark has sixteen more cases."""
     benchmarks = str(Path(__file__).parents[2] / "benchmarks")
     errors = []
     for place in ("first", "second", "third"):
