@@ -49,6 +49,8 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
 }
+# Ids are kept in four bytes each; no vocabulary comes near.
+_MOST_IDS = 2**31
 _MOST_LOGPROBS = 20
 _API_COMPLETION_TOKENS = 16
 
@@ -137,7 +139,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_IDS
 
 
 def _sampling(body: Mapping[str, Any], section: Batch, *, is_chat: bool) -> dict[str, Any]:

@@ -119,35 +119,32 @@ class Ahead:
 
     def __init__(self, make: Callable[[], Iterator[list[Prepared]]]) -> None:
         self._make = make
-        self._made: queue.Queue[list[Prepared] | BaseException | None] = queue.Queue(maxsize=1)
-        self._is_closed = threading.Event()
+        self._made: queue.SimpleQueue[list[Prepared] | BaseException | None] = queue.SimpleQueue()
+        self._wanted = threading.Semaphore()
+        self._is_closed = False
         threading.Thread(target=self._work, daemon=True).start()
 
     def __iter__(self) -> Iterator[Prepared]:
         while (window := self._made.get()) is not None:
             if isinstance(window, BaseException):
                 raise window
+            self._wanted.release()
             window.reverse()
             while window:
                 yield window.pop()
 
     def close(self) -> None:
         """Nothing more is wanted."""
-        self._is_closed.set()
+        self._is_closed = True
+        self._wanted.release()
 
     def _work(self) -> None:
         try:
-            for window in self._make():
-                self._put(window)
-                if self._is_closed.is_set():
+            windows = self._make()
+            while self._wanted.acquire() and not self._is_closed:
+                window = next(windows, None)
+                self._made.put(window)
+                if window is None:
                     return
-            self._put(None)
         except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: list[Prepared] | BaseException | None) -> None:
-        while not self._is_closed.is_set():
-            try:
-                return self._made.put(item, timeout=0.2)
-            except queue.Full:
-                continue
+            self._made.put(error)

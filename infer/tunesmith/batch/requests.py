@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,8 @@ class RequestMaker:
         if ask.messages is not None and ask.kind == "generate":
             ends = [*sampling.get("stop_token_ids", ()), self._template.end_of_turn_id]
             sampling["stop_token_ids"] = ends
-        request = Request(index, prompts[0], ask.kind, sampling, parts, ask.adapter)
+        compact = [array("i", ids) for ids in parts]
+        request = Request(index, array("i", prompts[0]), ask.kind, sampling, compact, ask.adapter)
         # A score and an embedding read all their tokens; an answer wants room for one more.
         room = self._max_model_len - request.longest
         if room < (0 if ask.kind == "embed" else 1):

@@ -16,7 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tunesmith.config.errors import TunesmithError
+from tunesmith.engine.environment import has_gpu_engine
 from tunesmith.engine.offline import open_llm
+from tunesmith.engine.primitives import keep_few_primitives
 from tunesmith.engine.protocol import Ready, Refused, Setup
 from tunesmith.engine.requests import Answer, Request
 from tunesmith.engine.stream import stream
@@ -36,6 +38,8 @@ def main(handle: int) -> None:
         os.sched_setaffinity(0, setup.cores)
     started_s = time.monotonic()
     try:
+        if not has_gpu_engine():
+            keep_few_primitives()
         llm = open_llm(setup.spec)
     except TunesmithError as error:
         connection.send(error)

@@ -103,6 +103,7 @@ def test_prompts_and_inputs_are_texts_or_tokens(value: Any) -> None:
         (call(messages="x"), "invalid_messages", "messages must be a list"),
         (call(temperature="hot"), "invalid_parameter", "temperature"),
         (call(n=2, temperature=0), "invalid_parameter", "n above 1"),
+        (call(COMPLETIONS, prompt=[5, 2**31]), "missing_prompt", "token ids"),
         (call(top_logprobs=2), "invalid_parameter", "top_logprobs needs"),
         (call(logprobs=True, top_logprobs=21), "invalid_parameter", "at most 20"),
         (call(logprobs=3), "invalid_parameter", "true or false"),
