@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from tunesmith.engine.detokenize import Detokenizer, is_at_once
+
 Kind = Literal["generate", "score", "embed"]
 
 
@@ -125,11 +127,14 @@ def _calls(request: Request) -> list[tuple[list[int], Any]]:
         sampling["structured_outputs"] = StructuredOutputsParams(**structured)
     if bias := sampling.pop("logit_bias", None):
         sampling["logit_bias"] = {int(token): value for token, value in bias.items()}
-    final = RequestOutputKind.FINAL_ONLY
-    return [(ids, SamplingParams(**sampling, output_kind=final)) for ids in prompts]
+    if is_at_once(sampling):
+        sampling["detokenize"] = False
+    # Made here for one call: vLLM need not copy them.
+    own = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
+    return [(ids, SamplingParams(**sampling, **own)) for ids in prompts]
 
 
-def answer(request: Request, results: Sequence[Any]) -> Answer:
+def answer(request: Request, results: Sequence[Any], detokenizer: Detokenizer) -> Answer:
     """What vLLM's results of a request's `calls`, in their order, say."""
     prompt_tokens = sum(len(result.prompt_token_ids) for result in results)
     cached_tokens = sum(result.num_cached_tokens or 0 for result in results)
@@ -138,9 +143,10 @@ def answer(request: Request, results: Sequence[Any]) -> Answer:
         return Answer(prompt_tokens, cached_tokens, embeddings=embeddings)
     if request.kind == "score":
         return Answer(prompt_tokens, cached_tokens, scores=_scores(request, results))
+    at_once = is_at_once(request.sampling)
     outputs = [
         Output(
-            text=made.text,
+            text=detokenizer.text(result.prompt_token_ids, made) if at_once else made.text,
             finish_reason=made.finish_reason or "abort",
             output_tokens=len(made.token_ids),
             logprobs=_logprobs(made.token_ids, made.logprobs) if made.logprobs else None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.engine.detokenize import Detokenizer
 from tunesmith.engine.offline import lora_request
 from tunesmith.engine.requests import Answer, Request, answer, calls
 from tunesmith.engine.spec import EngineSpec
@@ -33,7 +34,7 @@ def stream(
     from vllm.exceptions import VLLMClientError
     from vllm.inputs.engine import tokens_input
 
-    engine = llm.llm_engine
+    engine, detokenizer = llm.llm_engine, Detokenizer(llm.get_tokenizer())
     waiting = iter(requests)
     is_exhausted = False
     opened: dict[int, _Open] = {}
@@ -72,4 +73,4 @@ def stream(
             if len(held.results) == held.calls:
                 del opened[held.request.key]
                 results = [held.results[part] for part in range(held.calls)]
-                yield held.request.key, answer(held.request, results)
+                yield held.request.key, answer(held.request, results, detokenizer)

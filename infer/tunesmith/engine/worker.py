@@ -9,6 +9,7 @@ starting, and then sends lists of `(key, answer)`. It ends when the other side c
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +70,9 @@ class _Line:
 
     def __init__(self, connection: Connection[Any, Any]) -> None:
         self._connection = connection
+        # Asked before each step: `Connection.poll` makes a selector each time.
+        self._incoming = select.poll()
+        self._incoming.register(connection, select.POLLIN)
         self._open = 0
         self._answers: list[tuple[int, Answer | Exception]] = []
         self._sent_s = time.monotonic()
@@ -77,7 +81,7 @@ class _Line:
         """Waits for more only while nothing is open."""
         while True:
             self._send_some()
-            if self._open and not self._connection.poll():
+            if self._open and not self._incoming.poll(0):
                 yield None
                 continue
             try:
