@@ -55,6 +55,8 @@ def answers(model, adapter=None):
     requests[7] = ask(7, [5] * 200, 4)
     requests.append(Request(40, [5, 6, 7], "score", parts=[[8, 9], [10]]))
     requests.append(Request(41, [5, 6, 7], "score", parts=[[8], [10]]))
+    by_token = {{"max_tokens": 30, "temperature": 0.0, "stop": ["e", "t"], "logprobs": 1}}
+    requests.append(Request(42, [5, 6, 7], sampling=by_token))
     taken, found, most = 0, {{}}, 0
 
     def taking():
@@ -85,6 +87,7 @@ if __name__ == "__main__":
     tuned, _ = answers(model, adapter)
     again, _ = answers(model)
     refusal = plain.pop(7), again.pop(7)
+    by_token, _ = (found.pop(42).outputs[0] for found in (plain, again))
     scores, _ = ((found.pop(40).scores, found.pop(41).scores) for found in (plain, again))
     try:
         open_llm(spec(model), max_model_len=10**6)
@@ -96,6 +99,8 @@ if __name__ == "__main__":
             "refused": type(refusal[0]).__name__, "error": str(error),
             "threads": sys.modules["torch"].get_num_threads(),
             "one": [plain[4].prompt_tokens, plain[4].output_tokens],
+            "tokens": [one["token"] for one in by_token.logprobs],
+            "by_token": [by_token.output_tokens, by_token.text],
         }}))
 """
 SERVER = f"""{HEAD}
@@ -116,6 +121,8 @@ def test_offline_answers_a_stream_with_and_without_an_adapter(llama: Path, adapt
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert any(found["tokens"]) and found["by_token"][0] == len(found["tokens"])
+    assert found["by_token"][1]
     assert found["rows"] == 39 and found["same"]
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     several, single = found["scores"]
