@@ -15,6 +15,7 @@ from tunesmith.ledger import Artifact
 from tunesmith.pipeline import Stages
 
 _TEMPLATE = "chat_template.jinja"
+_CPU_WORKER = "tunesmith.vllm_plugin.cpu_worker.Worker"
 _LEFT_TO_VLLM = {
     "max_num_batched_tokens", "enable_chunked_prefill", "enable_prefix_caching", "kv_cache_dtype",
 }  # fmt: skip
@@ -136,6 +137,7 @@ def engine_arguments(spec: EngineSpec, *, gpu: bool) -> dict[str, Any]:
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            "worker_cls": _CPU_WORKER,
         }
     if spec.embeds:
         arguments |= {"runner": "pooling", "convert": "embed"}

@@ -44,6 +44,7 @@ def test_cpu_and_gpu_get_their_own_arguments(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, kv_cache_gib=0.25, tensor_parallel_size=4, max_model_len=512)
     cpu, gpu = engine_arguments(spec, gpu=False), engine_arguments(spec, gpu=True)
     assert cpu["kv_cache_memory_bytes"] == 2**28 and cpu["enforce_eager"] is True
+    assert cpu["worker_cls"].endswith("cpu_worker.Worker") and "worker_cls" not in gpu
     assert "tensor_parallel_size" not in cpu and "gpu_memory_utilization" not in cpu
     assert gpu["tensor_parallel_size"] == 4 and gpu["enforce_eager"] is False
     assert "kv_cache_memory_bytes" not in gpu
