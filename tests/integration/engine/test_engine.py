@@ -125,10 +125,14 @@ if __name__ == "__main__":
     print(json.dumps([cut, whole]))
 """
 SERVER = f"""{HEAD}
-import time
+import dataclasses, time
 if __name__ == "__main__":
     model, adapter, log = sys.argv[1:]
-    with EngineServer(spec(model, adapter), log_path=Path(log)) as server:
+    opened = spec(model, adapter)
+    # Less than a prompt has.
+    settings = opened.settings.model_copy(update={{"max_num_batched_tokens": 16}})
+    opened = dataclasses.replace(opened, settings=settings)
+    with EngineServer(opened, log_path=Path(log)) as server:
         print(json.dumps({{"url": server.url, "group": server.pid, "load_s": server.load_s}}),
               flush=True)
         time.sleep(300)
@@ -200,6 +204,10 @@ def test_server_answers_and_sigkill_of_its_owner_leaves_no_process(
         base = chat(ready["url"], "bot.base")
         assert tuned["usage"]["completion_tokens"] == base["usage"]["completion_tokens"] == 8
         assert tuned["choices"][0]["logprobs"] != base["choices"][0]["logprobs"]
+        drawn = [chat(ready["url"], "bot", temperature=1, seed=seed) for seed in (1, 1, 2)]
+        assert drawn[0]["usage"]["prompt_tokens"] > 16
+        texts = [answer["choices"][0]["message"]["content"] for answer in drawn]
+        assert texts[0] == texts[1] != texts[2]
         assert len(members(ready["group"])) >= 3
     finally:
         owner.kill()
@@ -210,7 +218,7 @@ def test_server_answers_and_sigkill_of_its_owner_leaves_no_process(
     assert members(ready["group"]) == []
 
 
-def chat(url: str, model: str) -> dict[str, Any]:
+def chat(url: str, model: str, **parameters: int) -> dict[str, Any]:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is 3 plus 3?"}],
@@ -218,6 +226,7 @@ def chat(url: str, model: str) -> dict[str, Any]:
         "temperature": 0,
         "ignore_eos": True,
         "logprobs": True,
+        **parameters,
     }
     request = urllib.request.Request(
         f"{url}/chat/completions",
