@@ -45,5 +45,6 @@ def growth_mb(kept: str) -> float:
 @pytest.mark.timeout(300)
 def test_ever_other_numbers_of_tokens_take_no_further_memory() -> None:
     many, few = growth_mb("many"), growth_mb("few")
-    assert few < 10
+    # 5 to 12 in thirty runs, beside some 400.
+    assert few < 20
     assert many > 2 * few
