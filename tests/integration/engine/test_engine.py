@@ -22,10 +22,10 @@ from pathlib import Path
 from tunesmith.config.schema.engine import Engine
 from tunesmith.engine import *
 
-def spec(model, adapter=None):
+def spec(model, adapter=None, **settings):
     return EngineSpec(
         model=Path(model), adapter=adapter and Path(adapter), dtype="float32", served_name="bot",
-        settings=Engine(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128))
+        settings=Engine(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128, **settings))
 """
 SHORT = """
 import sys
@@ -104,12 +104,8 @@ if __name__ == "__main__":
         }}))
 """
 SAMPLED = f"""{HEAD}
-import dataclasses
-
 def answers(model, most_tokens):
-    settings = Engine(
-        kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128, max_num_batched_tokens=most_tokens)
-    opened = dataclasses.replace(spec(model), settings=settings)
+    opened = spec(model, max_num_batched_tokens=most_tokens)
     llm = open_llm(opened)
     requests = [
         Request(at, [3 + (at * place) % 90 for place in range(60)],
@@ -125,13 +121,10 @@ if __name__ == "__main__":
     print(json.dumps([cut, whole]))
 """
 SERVER = f"""{HEAD}
-import dataclasses, time
+import time
 if __name__ == "__main__":
     model, adapter, log = sys.argv[1:]
-    opened = spec(model, adapter)
-    # Less than a prompt has.
-    settings = opened.settings.model_copy(update={{"max_num_batched_tokens": 16}})
-    opened = dataclasses.replace(opened, settings=settings)
+    opened = spec(model, adapter, max_num_batched_tokens=16)  # less than a prompt has
     with EngineServer(opened, log_path=Path(log)) as server:
         print(json.dumps({{"url": server.url, "group": server.pid, "load_s": server.load_s}}),
               flush=True)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 GROWTH = """
-import sys
+import ctypes, sys
 from tunesmith.engine.offline import prepare_process
 from tunesmith.engine.primitives import keep_few_primitives
 
@@ -20,6 +20,7 @@ vllm.platforms.current_platform.import_kernels()
 from vllm import _custom_ops as ops
 
 def resident_kb():
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is no growth
     return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line)
 
 products = [ops.create_onednn_mm(torch.ones(size, 256), 32) for size in (256, 512)]
@@ -45,6 +46,5 @@ def growth_mb(kept: str) -> float:
 @pytest.mark.timeout(300)
 def test_ever_other_numbers_of_tokens_take_no_further_memory() -> None:
     many, few = growth_mb("many"), growth_mb("few")
-    # 5 to 12 in thirty runs, beside some 400.
-    assert few < 20
+    assert few < 10
     assert many > 2 * few
